@@ -13,6 +13,31 @@ _FLOAT32 = (jnp.dtype("float32"),)
 _FLOATS = (jnp.dtype("float16"), jnp.dtype(jnp.bfloat16), jnp.dtype("float32"))
 
 
+class Call(NamedTuple):
+    """The public function's arguments; see `dequant_rope_quant_kvcache`."""
+
+    x: Any
+    cos: Any
+    sin: Any
+    k_cache: Any
+    v_cache: Any
+    indices: Any
+    scale_k: Any
+    scale_v: Any
+    size_splits: Any = None
+    offset_k: Any = None
+    offset_v: Any = None
+    weight_scale: Any = None
+    activation_scale: Any = None
+    bias: Any = None
+    quant_mode: Any = "static"
+    layout: Any = "BSND"
+    kv_output: Any = False
+    cache_mode: Any = "contiguous"
+    indices_mode: Any = "drop"
+    implementation: Any = None
+
+
 class Sizes(NamedTuple):
     """The call's dimensions, in the operator's letters; S is None for a 2-D x."""
 
@@ -129,68 +154,64 @@ def _check_size_splits(size_splits, width, num_kv_heads, head_dim):
     return int(q_width) // head_dim
 
 
-def check_call(
-    x, cos, sin, k_cache, v_cache, indices, scale_k, scale_v, size_splits,
-    offset_k, offset_v, weight_scale, activation_scale, bias,
-    quant_mode, layout, kv_output, cache_mode, indices_mode, implementation,
-) -> Sizes:  # fmt: skip
+def check_call(call: Call) -> Sizes:
     """Checks a call of the public function and returns its dimensions."""
-    check_choice("quant_mode", quant_mode, ("static",))
-    check_choice("layout", layout, ("BSND",))
-    check_choice("kv_output", kv_output, (False, True))
+    x, k_cache, cache_mode = call.x, call.k_cache, call.cache_mode
+    check_choice("quant_mode", call.quant_mode, ("static",))
+    check_choice("layout", call.layout, ("BSND",))
+    check_choice("kv_output", call.kv_output, (False, True))
     check_choice("cache_mode", cache_mode, ("contiguous", "page"))
-    check_choice("indices_mode", indices_mode, ("drop", "promise_in_bounds"))
-    check_choice("implementation", implementation, (None, "ffi", "xla"))
+    check_choice("indices_mode", call.indices_mode, ("drop", "promise_in_bounds"))
+    check_choice("implementation", call.implementation, (None, "ffi", "xla"))
 
     check_array("x", x, _INT + _FLOATS, (2, 3))
     check_positive("x", x, ("B", "S", "H") if len(x.shape) == 3 else ("B", "H"))
-    _check_caches(k_cache, v_cache)
+    _check_caches(k_cache, call.v_cache)
     B, S, H = (x.shape[0], x.shape[1] if len(x.shape) == 3 else None, x.shape[-1])
     C1, C2, Nkv, D = k_cache.shape
-    Nq = _check_size_splits(size_splits, H, Nkv, D)
+    Nq = _check_size_splits(call.size_splits, H, Nkv, D)
     sizes = Sizes(B, S, H, C1, C2, Nq, Nkv, D)
     letters = ", ".join(("B", "S")[: len(sizes.tokens)])
-    tokens = sizes.tokens
     num_tokens = B if S is None else B * S
 
     tables = ("B, D", (B, D)) if S is None else ("B, S, 1, D", (B, S, 1, D))
     table_dtypes = _FLOATS if x.dtype in _INT else (jnp.dtype(x.dtype),)
-    check_array("cos", cos, table_dtypes, (len(tables[1]),))
-    check_array("sin", sin, (jnp.dtype(cos.dtype),), (len(tables[1]),))
-    check_shape("cos", cos, tables)
-    check_shape("sin", sin, tables)
+    check_array("cos", call.cos, table_dtypes, (len(tables[1]),))
+    check_array("sin", call.sin, (jnp.dtype(call.cos.dtype),), (len(tables[1]),))
+    check_shape("cos", call.cos, tables)
+    check_shape("sin", call.sin, tables)
 
-    check_array("indices", indices, _INT, (1, 2))
+    check_array("indices", call.indices, _INT, (1, 2))
     if cache_mode == "page" and S is not None:
-        check_shape("indices", indices, ("B*S", (num_tokens,)), ("B, S", (B, S)))
+        check_shape("indices", call.indices, ("B*S", (num_tokens,)), ("B, S", (B, S)))
     else:
-        check_shape("indices", indices, ("B", (B,)), ("B, 1", (B, 1)))
+        check_shape("indices", call.indices, ("B", (B,)), ("B, 1", (B, 1)))
 
-    for name, value in (("scale_k", scale_k), ("scale_v", scale_v)):
-        check_array(name, value, _FLOAT32, (1, 2))
-        check_shape(name, value, ("Nkv, D", (Nkv, D)), ("Nkv*D", (Nkv * D,)))
-    if (offset_k is None) != (offset_v is None):
-        given, missing = ("k", "v") if offset_v is None else ("v", "k")
+    if (call.offset_k is None) != (call.offset_v is None):
+        given, missing = ("k", "v") if call.offset_v is None else ("v", "k")
         raise ValueError(
             f"`offset_k` and `offset_v` must be given together, got `offset_{given}` without "
             f"`offset_{missing}`. Pass zeros for the one without an offset."
         )
-    if offset_k is not None:
-        for name, value in (("offset_k", offset_k), ("offset_v", offset_v)):
-            check_array(name, value, _FLOAT32, (1, 2))
-            check_shape(name, value, ("Nkv, D", (Nkv, D)), ("Nkv*D", (Nkv * D,)))
-    if weight_scale is None and x.dtype in _INT:
+    per_channel = ("scale_k", "scale_v") + (
+        ("offset_k", "offset_v") if call.offset_k is not None else ()
+    )
+    for name in per_channel:
+        value = getattr(call, name)
+        check_array(name, value, _FLOAT32, (1, 2))
+        check_shape(name, value, ("Nkv, D", (Nkv, D)), ("Nkv*D", (Nkv * D,)))
+    if call.weight_scale is None and x.dtype in _INT:
         raise TypeError("`weight_scale` is required when `x` is int32, got None.")
-    if weight_scale is not None:
-        check_array("weight_scale", weight_scale, _FLOAT32, (1, 2))
-        check_shape("weight_scale", weight_scale, ("H", (H,)), ("1, H", (1, H)))
-    if activation_scale is not None:
-        check_array("activation_scale", activation_scale, _FLOAT32, (1, 2))
+    if call.weight_scale is not None:
+        check_array("weight_scale", call.weight_scale, _FLOAT32, (1, 2))
+        check_shape("weight_scale", call.weight_scale, ("H", (H,)), ("1, H", (1, H)))
+    if call.activation_scale is not None:
+        check_array("activation_scale", call.activation_scale, _FLOAT32, (1, 2))
         flat = ("B" if S is None else "B*S", (num_tokens,))
-        check_shape("activation_scale", activation_scale, flat, (letters, tokens))
-    if bias is not None:
-        check_array("bias", bias, _FLOATS + _INT, (1,))
-        check_shape("bias", bias, ("H", (H,)))
+        check_shape("activation_scale", call.activation_scale, flat, (letters, sizes.tokens))
+    if call.bias is not None:
+        check_array("bias", call.bias, _FLOATS + _INT, (1,))
+        check_shape("bias", call.bias, ("H", (H,)))
 
     if cache_mode == "contiguous":
         if isinstance(C1, int) and isinstance(B, int) and C1 < B:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jax_kvcache._checks import check_call
+from jax_kvcache._checks import Call, Sizes, check_call
 from jax_kvcache._primitive import dequant_rope_quant_kvcache_canonical
 from jax_kvcache._reference import Operands
 
@@ -46,6 +46,47 @@ def _slots(indices, sizes, cache_mode):
         return rows
     base = jnp.arange(sizes.B, dtype=jnp.int32)[:, None] * jnp.asarray(sizes.C2, jnp.int32)
     return jnp.where(rows >= 0, base + rows, jnp.full_like(rows, -1)).reshape(-1)
+
+
+def canonical_operands(call: Call) -> tuple[Operands, Sizes]:
+    """Checks a call of the public function and puts it in the primitive's form.
+
+    Contiguous with C1 == B: groups (B,), rows (C2,). Page, and contiguous with C1 > B: no groups,
+    rows (C1, C2). The caches stay as they are; a reshape would copy them.
+    """
+    sizes = check_call(call)
+    per_batch = call.cache_mode == "contiguous" and sizes.C1 == sizes.B
+    S = 1 if sizes.S is None else sizes.S
+    tokens = (sizes.B, S) if per_batch else (sizes.B * S,)
+    absent = jnp.zeros((0,), jnp.float32)
+
+    def per_token(value, *trailing):
+        return jnp.asarray(value).reshape(*tokens, *trailing)
+
+    def parameter(value, *shape):
+        if value is None:
+            return absent
+        return jnp.asarray(value).reshape((1, *shape) if per_batch else shape)
+
+    is_accumulator = call.x.dtype == jnp.int32
+    activation_scale = call.activation_scale if is_accumulator else None
+    heads = (sizes.Nkv, sizes.D)
+    operands = Operands(
+        x=per_token(call.x, sizes.H),
+        cos=per_token(call.cos, sizes.D),
+        sin=per_token(call.sin, sizes.D),
+        k_cache=jnp.asarray(call.k_cache),
+        v_cache=jnp.asarray(call.v_cache),
+        slots=_slots(jnp.asarray(call.indices), sizes, call.cache_mode),
+        scale_k=parameter(call.scale_k, *heads),
+        scale_v=parameter(call.scale_v, *heads),
+        offset_k=parameter(call.offset_k, *heads),
+        offset_v=parameter(call.offset_v, *heads),
+        weight_scale=parameter(call.weight_scale if is_accumulator else None, sizes.H),
+        activation_scale=absent if activation_scale is None else per_token(activation_scale),
+        bias=parameter(call.bias if is_accumulator else None, sizes.H),
+    )
+    return operands, sizes
 
 
 def dequant_rope_quant_kvcache(
@@ -134,45 +175,12 @@ def dequant_rope_quant_kvcache(
         than 2**31 - 1 rows.
       NotImplementedError: `implementation="ffi"` where there is no native target; differentiation.
     """
-    sizes = check_call(
+    call = Call(
         x, cos, sin, k_cache, v_cache, indices, scale_k, scale_v, size_splits,
         offset_k, offset_v, weight_scale, activation_scale, bias,
         quant_mode, layout, kv_output, cache_mode, indices_mode, implementation,
     )  # fmt: skip
-    per_batch = cache_mode == "contiguous" and sizes.C1 == sizes.B
-    S = 1 if sizes.S is None else sizes.S
-    tokens = (sizes.B, S) if per_batch else (sizes.B * S,)
-    absent = jnp.zeros((0,), jnp.float32)
-
-    def per_token(value, *trailing):
-        return jnp.asarray(value).reshape(*tokens, *trailing)
-
-    def parameter(value, *shape):
-        if value is None:
-            return absent
-        return jnp.asarray(value).reshape((1, *shape) if per_batch else shape)
-
-    is_accumulator = x.dtype == jnp.int32
-    heads = (sizes.Nkv, sizes.D)
-    operands = Operands(
-        x=per_token(x, sizes.H),
-        cos=per_token(cos, sizes.D),
-        sin=per_token(sin, sizes.D),
-        k_cache=jnp.asarray(k_cache),
-        v_cache=jnp.asarray(v_cache),
-        slots=_slots(jnp.asarray(indices), sizes, cache_mode),
-        scale_k=parameter(scale_k, *heads),
-        scale_v=parameter(scale_v, *heads),
-        offset_k=parameter(offset_k, *heads),
-        offset_v=parameter(offset_v, *heads),
-        weight_scale=parameter(weight_scale if is_accumulator else None, sizes.H),
-        activation_scale=(
-            per_token(activation_scale)
-            if is_accumulator and activation_scale is not None
-            else absent
-        ),
-        bias=parameter(bias if is_accumulator else None, sizes.H),
-    )
+    operands, sizes = canonical_operands(call)
     q, k, v, k_cache, v_cache = dequant_rope_quant_kvcache_canonical(
         operands,
         kv_output=bool(kv_output),
@@ -181,7 +189,7 @@ def dequant_rope_quant_kvcache(
     )
     q = q.reshape(*sizes.tokens, sizes.Nq, sizes.D)
     if kv_output:
-        k, v = (value.reshape(*sizes.tokens, *heads) for value in (k, v))
+        k, v = (a.reshape(*sizes.tokens, sizes.Nkv, sizes.D) for a in (k, v))
     else:
         k = v = None
     return DequantRopeQuantKvcacheResult(q, k, v, k_cache, v_cache)

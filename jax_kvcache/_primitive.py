@@ -190,7 +190,7 @@ def _native_lowering(ctx, *operands, platform, implementation, **params):
     """Emits the platform's native call; where it cannot be had, raises, warns or says nothing."""
     if platform is None:
         platform = " and ".join(ctx.module_context.platforms)
-    reason = _ffi.unavailable(platform)
+    reason = _ffi.refusal(platform, Operands(*ctx.avals_in))
     if reason is None:
         return mlir.lower_fun(_native_call)(ctx, *operands, **params)
     if implementation == "ffi":

@@ -153,7 +153,7 @@ def dequant_rope_quant_kvcache_reference(*operands, kv_output, indices_mode):
     num_kv_heads, head_dim = ops.k_cache.shape[-2:]
     dtype = ops.cos.dtype
     optional = {
-        name: value if value.size else None
+        name: value if value.shape != (0,) else None
         for name, value in ops._asdict().items()
         if name in ("offset_k", "offset_v", "weight_scale", "activation_scale", "bias")
     }
