@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from jax_kvcache._checks import check_call, check_row_count
+from jax_kvcache._checks import Call, check_call, check_row_count
 from jax_kvcache._op import contiguous_rows, dequant_rope_quant_kvcache
 from jax_kvcache._primitive import dequant_rope_quant_kvcache_canonical
 from jax_kvcache._reference import Operands
@@ -98,9 +98,12 @@ class CacheBase:
         scale_k, scale_v = self.scale_k[layer], self.scale_v[layer]
         one_layer = [jax.ShapeDtypeStruct(self.k_cache.shape[1:], jnp.int8) for _ in "kv"]
         sizes = check_call(
-            x, cos, sin, *one_layer, indices, scale_k, scale_v, None, offset_k, offset_v,
-            weight_scale, activation_scale, bias,
-            "static", "BSND", False, cache_mode, "drop", implementation,
+            Call(
+                x, cos, sin, *one_layer, indices, scale_k, scale_v,
+                offset_k=offset_k, offset_v=offset_v, weight_scale=weight_scale,
+                activation_scale=activation_scale, bias=bias, cache_mode=cache_mode,
+                implementation=implementation,
+            )
         )  # fmt: skip
         if x.dtype != jnp.int32:  # the operator ignores them, the primitive does not take them
             weight_scale = activation_scale = bias = None

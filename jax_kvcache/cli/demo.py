@@ -29,7 +29,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--prompt", default=PROMPT, help="the text to continue")
     parser.add_argument("--tokens", type=int, default=200, help="bytes to write (default: 200)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: 0)")
+    parser.add_argument("--temperature", type=float, default=0.6, help="0 is greedy (default: 0.6)")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
     add_model_arguments(parser)
     parser.set_defaults(run=run)
