@@ -117,7 +117,8 @@ def _slice_rows(
     codes: jax.Array, first: jax.Array, count: int, batch: int, layer: jax.Array | None
 ) -> jax.Array:
     """Rows first .. first + count - 1 of every sequence: [B, count, Nkv, D]."""
-    starts, sizes = (0, first, 0, 0), (batch, count, *codes.shape[-2:])
+    zero = jnp.zeros((), jnp.int32)
+    starts, sizes = (zero, first, zero, zero), (batch, count, *codes.shape[-2:])
     if layer is None:
         return jax.lax.dynamic_slice(codes, starts, sizes)
     return jax.lax.dynamic_slice(codes, (layer, *starts), (1, *sizes))[0]
