@@ -30,7 +30,9 @@ def model_from(arguments: argparse.Namespace) -> Model:
     """Loads the model with the scales that the user asked for."""
     try:
         return load_model(arguments.scales)
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise CommandError(f"cannot read '{arguments.scales}': {error.strerror}.") from error
+    except ValueError as error:
         raise CommandError(str(error)) from error
 
 

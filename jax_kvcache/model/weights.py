@@ -4,6 +4,7 @@ import dataclasses
 import importlib.resources
 import json
 import os
+import zipfile
 from typing import Any
 
 import jax
@@ -92,13 +93,19 @@ def load_model(scales: str | os.PathLike[str] | None = None) -> Model:
 
 
 def _read_scales(path: str | os.PathLike[str], config: Config) -> dict[str, np.ndarray]:
-    try:
-        with np.load(path, allow_pickle=False) as data:
-            if not isinstance(data, np.lib.npyio.NpzFile):
-                raise ValueError("it holds one array")
-            weights = dict(data)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"`scales` must be an .npz file, got '{path}': {error}.") from error
+    with open(path, "rb") as file:
+        try:
+            data = np.load(file, allow_pickle=False)
+        except (ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f"`scales` must be an .npz file, and '{path}' is not.") from error
+        if not isinstance(data, np.lib.npyio.NpzFile):
+            raise ValueError(f"`scales` must be an .npz file, and '{path}' holds one array.")
+        return _check_scales(dict(data), path, config)
+
+
+def _check_scales(
+    weights: dict[str, np.ndarray], path: str | os.PathLike[str], config: Config
+) -> dict[str, np.ndarray]:
     heads = (config.n_kv_heads, config.head_dim)
     params = {}
     for name in _CACHE_PARAMS:
