@@ -96,10 +96,13 @@ class CacheBase:
             None if offset is None else offset[layer] for offset in (self.offset_k, self.offset_v)
         )
         scale_k, scale_v = self.scale_k[layer], self.scale_v[layer]
-        one_layer = [jax.ShapeDtypeStruct(self.k_cache.shape[1:], jnp.int8) for _ in "kv"]
+        k_layer, v_layer = (
+            jax.ShapeDtypeStruct(cache.shape[1:], cache.dtype)
+            for cache in (self.k_cache, self.v_cache)
+        )
         sizes = check_call(
             Call(
-                x, cos, sin, *one_layer, indices, scale_k, scale_v,
+                x, cos, sin, k_layer, v_layer, indices, scale_k, scale_v,
                 offset_k=offset_k, offset_v=offset_v, weight_scale=weight_scale,
                 activation_scale=activation_scale, bias=bias, cache_mode=cache_mode,
                 implementation=implementation,

@@ -128,10 +128,10 @@ def _gather_rows(
     codes: jax.Array, blocks: jax.Array, rows: jax.Array, layer: jax.Array | None
 ) -> jax.Array:
     """Row rows[c] of block blocks[b, c]: [B, chunk, Nkv, D]."""
-    index = (blocks, jnp.broadcast_to(rows[None, :], blocks.shape))
-    if layer is not None:
-        index = (jnp.broadcast_to(layer, blocks.shape), *index)
-    return codes.at[index].get(mode="clip")
+    rows = jnp.broadcast_to(rows[None, :], blocks.shape)
+    if layer is None:
+        return codes.at[blocks, rows].get(mode="clip")
+    return codes.at[jnp.broadcast_to(layer, blocks.shape), blocks, rows].get(mode="clip")
 
 
 def _check(

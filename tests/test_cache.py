@@ -1,5 +1,7 @@
 """KVCache and PagedKVCache against the NumPy oracle, byte for byte, and as pytrees."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -66,21 +68,28 @@ def assert_equal(out, expected):
     np.testing.assert_array_equal(cache.v_cache, expected[2])
 
 
-update = jax.jit(lambda cache, call, **options: cache.update(**call, **options))
+@functools.partial(jax.jit, static_argnames="implementation")
+def update(cache, call, **options):
+    return cache.update(**call, **options)
+
+
 TABLE = np.array([[5, 2, -1], [0, 7, 3], [1, BLOCKS, INT32.max]], np.int32)
 POSITIONS = np.array([[3, 4], [11, 12], [5, -1]], np.int32)
 SLOTS = np.array([[23, 8], [15, -1], [33, -1]], np.int32)  # 33 is past the 32 rows
 
 
+@pytest.mark.parametrize("implementation", ["xla", "ffi"])
 @pytest.mark.parametrize("offsets", [False, True], ids=["symmetric", "offsets"])
 @pytest.mark.parametrize("layer", [None, 0, 2])
-def test_contiguous_update_is_the_operator(layer, offsets):
+def test_contiguous_update_is_the_operator(layer, offsets, implementation):
     rng = np.random.default_rng(1)
     cache = make("contiguous", rng, layers=None if layer is None else L, offsets=offsets)
     for starts in ([0, 5, C2 - 2], [C2 - 1, -1, 3], [C2, INT32.max, INT32.min]):
         call, starts = tokens(rng), np.array(starts, np.int32)
         expected = expected_update(cache, call, starts, layer)
-        out = update(cache, call | {"positions": starts}, layer=layer)
+        out = update(
+            cache, call | {"positions": starts}, layer=layer, implementation=implementation
+        )
         assert_equal(out, expected)
         cache = out[1]
 
@@ -93,13 +102,20 @@ def test_a_cache_of_more_sequences_than_the_batch():
     assert_equal(out, expected_update(cache, call, starts, 1))
 
 
+@pytest.mark.parametrize("implementation", ["xla", "ffi"])
 @pytest.mark.parametrize("layer", [None, 0, 2])
-def test_paged_update_is_the_operator(layer):
+def test_paged_update_is_the_operator(layer, implementation):
     rng = np.random.default_rng(3)
     cache = make("paged", rng, layers=None if layer is None else L)
     call = tokens(rng)
     expected = expected_update(cache, call, SLOTS, layer)
-    out = update(cache, call | {"positions": POSITIONS}, block_table=TABLE, layer=layer)
+    out = update(
+        cache,
+        call | {"positions": POSITIONS},
+        block_table=TABLE,
+        layer=layer,
+        implementation=implementation,
+    )
     assert_equal(out, expected)
 
 

@@ -47,7 +47,7 @@ def one_step(cache, arguments):
     return decode_attention(q, cache, lengths, block_table=arguments.get("block_table")), cache
 
 
-def scan_over_layers(cache, arguments):
+def scan_layers(cache, arguments):
     def layer(cache, i):
         q, cache = cache.update(**arguments, layer=i)
         table = arguments.get("block_table")
@@ -76,18 +76,9 @@ def static_layers(cache, arguments):
     return outs, cache
 
 
-def scan_over_steps(cache, arguments):
-    def step(cache, _):
-        out, cache = one_step(cache, arguments)
-        return cache, out
-
-    cache, out = jax.lax.scan(step, cache, None, length=16)
-    return out, cache
-
-
 def scan_over_steps_and_layers(cache, arguments):
     def step(cache, _):
-        out, cache = scan_over_layers(cache, arguments)
+        out, cache = scan_layers(cache, arguments)
         return cache, out
 
     cache, out = jax.lax.scan(step, cache, None, length=4)
@@ -102,20 +93,22 @@ def copies(hlo):
 
 CASES = [
     (one_step, None),
-    (scan_over_steps, None),
-    (scan_over_layers, L),
-    (loop_over_layers, L),
     (static_layers, L),
+    (loop_over_layers, L),
     (scan_over_steps_and_layers, L),
 ]
 
 
+@pytest.mark.parametrize("implementation", ["xla", "ffi"])
 @pytest.mark.parametrize("kind", ["contiguous", "paged"])
 @pytest.mark.parametrize(("function", "layers"), CASES, ids=[f.__name__ for f, _ in CASES])
-def test_in_place(function, layers, kind):
+def test_in_place(function, layers, kind, implementation):
     cache = make(kind, layers)
     arguments = call(kind)
-    compiled = jax.jit(function, donate_argnums=0).lower(cache, arguments).compile()
+    step = lambda cache, arguments: function(  # noqa: E731
+        cache, arguments | {"implementation": implementation}
+    )
+    compiled = jax.jit(step, donate_argnums=0).lower(cache, arguments).compile()
     assert [n for n in copies(compiled.as_text()) if n >= LAYER_BYTES] == []
     memory = compiled.memory_analysis()
     assert memory.temp_size_in_bytes < LAYER_BYTES

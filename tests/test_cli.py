@@ -95,7 +95,7 @@ BAD = [
     (["eval", "{tmp}/one", "--scales", "{tmp}/one"], "`scales` must be an .npz file, and '.*'"),
     (["demo", "--scales", "{tmp}/empty.npz"], "`scales` must hold 'layers.0.scale_k'"),
     (["demo", "--tokens", "0"], "`--tokens` must be at least 1, got 0"),
-    (["demo", "--tokens", "250"], r"together must have at most 256 bytes, .*, got 35 \+ 250"),
+    (["demo", "--tokens", "250"], r"together must have at most 256 bytes, .*, got 27 \+ 250"),
     (["demo", "--prompt", "x" * 300], r"at most 256 bytes, the model's context, got 300 \+ 200"),
     (["demo", "--prompt", ""], "`--prompt` must have at least 1 byte"),
     (["demo", "--temperature", "-0.1"], "`--temperature` must be 0 or more and finite, got -0.1"),

@@ -15,7 +15,7 @@ from jax_kvcache.cli import CommandError, add_model_arguments, model_from
 from jax_kvcache.model import Model, new_cache
 from jax_kvcache.model.generate import generate, greedy_with_float_cache
 
-PROMPT = "class Parser:\n    def __init__(self"
+PROMPT = "import os\nimport sys\n\n\ndef "
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -29,8 +29,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--prompt", default=PROMPT, help="the text to continue")
     parser.add_argument("--tokens", type=int, default=200, help="bytes to write (default: 200)")
-    parser.add_argument("--temperature", type=float, default=0.6, help="0 is greedy (default: 0.6)")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
+    parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default: 0.7)")
+    parser.add_argument("--seed", type=int, default=1, help="of the sampling (default: 1)")
     add_model_arguments(parser)
     parser.set_defaults(run=run)
 

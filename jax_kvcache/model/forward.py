@@ -114,6 +114,8 @@ def forward_float(
             bias=weights["bqkv"],
             kv_output=True,
         )
+        assert k is not None
+        assert v is not None
         if kv_map is not None:
             k, v = kv_map(index, k, v)
         heads = (batch, length, config.n_kv_heads, -1, config.head_dim)
