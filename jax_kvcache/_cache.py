@@ -144,7 +144,7 @@ class CacheBase:
             base = jnp.arange(sizes.B, dtype=jnp.int32)[:, None] * sizes.C2
             slots = jnp.where(rows >= 0, base + rows, -1)
         rows_per_layer = sizes.C1 * sizes.C2
-        valid = (slots >= 0) & (slots < rows_per_layer) & (layer >= 0)
+        valid = (slots >= 0) & (slots < rows_per_layer)
         return jnp.where(valid, layer * rows_per_layer + slots, -1).reshape(-1)
 
 

@@ -90,7 +90,7 @@ def test_equals_attention_in_float64(kind, layer, offsets):
 
 def test_lengths_at_and_past_the_ends():
     rng = np.random.default_rng(2)
-    cache, _ = make("contiguous", rng)
+    cache, _ = make("contiguous", rng, offsets=True)
     q = rng.normal(size=(B, S, Nq, D)).astype(np.float32)
     out = attend(q, cache, np.array([C2, C2 + 50, -4], np.int32))
     expected = reference(q, cache, [C2, C2 + 50, -4])

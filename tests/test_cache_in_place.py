@@ -1,8 +1,6 @@
 """The caches stay where they are: no copy of a cache, or of a layer, in the compiled programs."""
 
-import math
-import re
-
+import hlo
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -85,12 +83,6 @@ def scan_over_steps_and_layers(cache, arguments):
     return out, cache
 
 
-def copies(hlo):
-    """Sizes in bytes of the int8 copies, transposes and other wholesale moves in the program."""
-    moves = re.finditer(r"= s8\[([\d,]*)\]\S* (copy|copy-start|transpose|reshape|convert)\(", hlo)
-    return [math.prod(map(int, m.group(1).split(","))) for m in moves if m.group(1)]
-
-
 CASES = [
     (one_step, None),
     (static_layers, L),
@@ -109,7 +101,7 @@ def test_in_place(function, layers, kind, implementation):
         cache, arguments | {"implementation": implementation}
     )
     compiled = jax.jit(step, donate_argnums=0).lower(cache, arguments).compile()
-    assert [n for n in copies(compiled.as_text()) if n >= LAYER_BYTES] == []
+    assert hlo.cache_copies(compiled.as_text(), LAYER_BYTES) == []
     memory = compiled.memory_analysis()
     assert memory.temp_size_in_bytes < LAYER_BYTES
     assert memory.alias_size_in_bytes >= 2 * LAYER_BYTES * (layers or 1)
@@ -124,4 +116,4 @@ def test_in_place(function, layers, kind, implementation):
 def test_the_reader_of_copies_sees_a_copy():
     cache = make("contiguous")
     compiled = jax.jit(one_step).lower(cache, call("contiguous")).compile()  # nothing donated
-    assert max(copies(compiled.as_text())) >= LAYER_BYTES
+    assert hlo.cache_copies(compiled.as_text(), LAYER_BYTES) != []
