@@ -165,6 +165,14 @@ def check_layer(cache: CacheBase, layer: ArrayLike | None) -> None:
         raise ValueError(f"`layer` must be in [0, {cache.layers}), got {layer}.")
 
 
+def check_positions(positions: ArrayLike, letters: str, x: jax.Array) -> jax.Array:
+    """Returns `positions` as an array; raises unless they fit a 3-D `x`."""
+    if jnp.ndim(x) != 3:
+        raise TypeError(f"`x` must have shape [B, S, H], got {list(jnp.shape(x))}.")
+    rank = letters.count(",") + 1
+    return check_int32("positions", positions, letters, jnp.shape(x)[:rank])
+
+
 def check_int32(
     name: str, value: ArrayLike, letters: str, dims: tuple[int | None, ...] | None = None
 ) -> jax.Array:

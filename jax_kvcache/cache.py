@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jax_kvcache._cache import CacheBase, check_int32, empty_fields
+from jax_kvcache._cache import CacheBase, check_int32, check_positions, empty_fields
 from jax_kvcache._checks import INT32_MAX
 
 
@@ -115,7 +115,7 @@ class KVCache(CacheBase):
             raise TypeError(
                 "`block_table` must be None for a KVCache: only a PagedKVCache has one."
             )
-        positions = check_int32("positions", positions, "B")
+        positions = check_positions(positions, "B", x)
         params = dict(
             weight_scale=weight_scale,
             activation_scale=activation_scale,
@@ -210,6 +210,7 @@ class PagedKVCache(CacheBase):
         """
         if block_table is None:
             raise TypeError("`block_table` is required for a PagedKVCache, got None.")
+        positions = check_positions(positions, "B, S", x)
         indices = slots_from_block_table(block_table, positions, self.k_cache.shape[-3])
         params = dict(
             weight_scale=weight_scale,
