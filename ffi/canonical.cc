@@ -94,7 +94,8 @@ class Checker {
   bool Buffer(const char* name, const Tensor& t) {
     std::optional<int64_t> bytes = ItemSize(t.dtype);
     for (int64_t i = 0; i < t.rank; ++i) {
-      if (t.dims[i] < 0) return Fail(name, "has a negative dimension: " + DimsText(t.dims, t.rank));
+      if (t.dims[i] < 0)
+        return Fail(name, "has a negative dimension: " + DimsText(t.dims, t.rank) + ".");
       bytes = Product(*bytes, t.dims[i]);
       if (!bytes) return Fail(name, "is too large: " + DimsText(t.dims, t.rank) + ".");
     }

@@ -1,7 +1,7 @@
 // Owns the choice of the kernel: the machine's instruction set, and the pointers of a call.
 #include "kernel.h"
 
-#include <cstdlib>
+#include <atomic>
 #include <cstring>
 
 #include "kernel_variant.h"
@@ -24,16 +24,14 @@ bool HasF16c() {
 }
 #endif
 
-Simd ChooseSimd() {
-  const char* wanted = std::getenv("JAX_KVCACHE_SIMD");
-  Simd best = Simd::kBaseline;
-  for (int i = 0; i < static_cast<int>(Simd::kCount); ++i) {
-    const Simd simd = static_cast<Simd>(i);
-    if (!SimdSupported(simd)) continue;
-    if (wanted != nullptr && std::strcmp(wanted, SimdName(simd)) == 0) return simd;
-    best = simd;
-  }
-  return best;
+Simd BestSimd() {
+  if (SimdSupported(Simd::kAvx512)) return Simd::kAvx512;
+  return SimdSupported(Simd::kAvx2) ? Simd::kAvx2 : Simd::kBaseline;
+}
+
+std::atomic<Simd>& Active() {
+  static std::atomic<Simd> active = BestSimd();
+  return active;
 }
 
 }  // namespace
@@ -64,9 +62,16 @@ bool SimdSupported(Simd simd) {
   return simd == Simd::kBaseline;
 }
 
-Simd ActiveSimd() {
-  static const Simd active = ChooseSimd();
-  return active;
+Simd ActiveSimd() { return Active().load(std::memory_order_relaxed); }
+
+bool UseSimd(const char* name) {
+  for (int i = 0; i < static_cast<int>(Simd::kCount); ++i) {
+    const Simd simd = static_cast<Simd>(i);
+    if (std::strcmp(name, SimdName(simd)) != 0 || !SimdSupported(simd)) continue;
+    Active().store(simd, std::memory_order_relaxed);
+    return true;
+  }
+  return false;
 }
 
 Kernel SelectKernel([[maybe_unused]] Simd simd, const Shape& shape) {

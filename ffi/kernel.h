@@ -52,9 +52,10 @@ const char* SimdName(Simd simd);
 // Whether this build has the variant and this machine can run it.
 bool SimdSupported(Simd simd);
 
-// The best supported variant, or the one that the environment variable JAX_KVCACHE_SIMD names if it
-// is supported. Decided once per process.
+// The variant in use: the best supported one, unless a test asked for another by name. UseSimd
+// returns false, and changes nothing, if there is no such variant here.
 Simd ActiveSimd();
+bool UseSimd(const char* name);
 
 // The kernel for the shape's dtypes.
 Kernel SelectKernel(Simd simd, const Shape& shape);

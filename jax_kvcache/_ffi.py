@@ -1,6 +1,7 @@
 """Finds and loads the native library, registers its FFI targets, and says what is missing."""
 
 import ctypes
+import os
 import re
 from importlib import metadata
 from pathlib import Path
@@ -59,6 +60,8 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     except OSError as error:
         return None, f"the native library cannot be loaded ({error})"
     library.jax_kvcache_simd.restype = ctypes.c_char_p
+    library.jax_kvcache_threads.restype = ctypes.c_int64
+    library.jax_kvcache_threads.argtypes = [ctypes.c_int64, ctypes.c_int64]
     conflict = _version_conflict(library)
     return (None, conflict) if conflict else (library, None)
 
@@ -79,6 +82,11 @@ if _library is not None:
 def simd() -> str | None:
     """The kernel's instruction set, "baseline", "avx2" or "avx512"; None without the library."""
     return _library.jax_kvcache_simd().decode() if _library else None
+
+
+def worth_threads(nbytes: int) -> int:
+    """How many of this process's CPUs the kernel uses for a call that moves that many bytes."""
+    return _library.jax_kvcache_threads(nbytes, len(os.sched_getaffinity(0))) if _library else 1
 
 
 def unavailable(platform: str) -> str | None:
