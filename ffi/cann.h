@@ -32,14 +32,15 @@ using SetExecutorRepeatableFn = Status(aclOpExecutor* executor);
 using DestroyExecutorFn = Status(aclOpExecutor* executor);
 
 // aclnnop/aclnn_dequant_rope_quant_kvcache.h, exported by libopapi.so or one of its successors.
-using GetWorkspaceSizeFn = Status(
-    const aclTensor* x, const aclTensor* cos, const aclTensor* sin, aclTensor* k_cache,
-    aclTensor* v_cache, const aclTensor* indices, const aclTensor* scale_k,
-    const aclTensor* scale_v, const aclTensor* offset_k, const aclTensor* offset_v,
-    const aclTensor* weight_scale, const aclTensor* activation_scale, const aclTensor* bias,
-    const aclIntArray* size_splits, char* quant_mode, char* layout, bool kv_output,
-    char* cache_mode, const aclTensor* q, const aclTensor* k, const aclTensor* v,
-    uint64_t* workspace_size, aclOpExecutor** executor);
+using GetWorkspaceSizeFn = Status(const aclTensor* x, const aclTensor* cos, const aclTensor* sin,
+                                  aclTensor* k_cache, aclTensor* v_cache, const aclTensor* indices,
+                                  const aclTensor* scale_k, const aclTensor* scale_v,
+                                  const aclTensor* offset_k, const aclTensor* offset_v,
+                                  const aclTensor* weight_scale, const aclTensor* activation_scale,
+                                  const aclTensor* bias, const aclIntArray* size_splits,
+                                  char* quant_mode, char* layout, bool kv_output, char* cache_mode,
+                                  const aclTensor* q, const aclTensor* k, const aclTensor* v,
+                                  uint64_t* workspace_size, aclOpExecutor** executor);
 using LaunchFn = Status(void* workspace, uint64_t workspace_size, aclOpExecutor* executor,
                         Stream stream);
 

@@ -37,8 +37,8 @@ static_assert(kSame<decltype(aclCreateIntArray), cann::CreateIntArrayFn>);
 static_assert(kSame<decltype(aclDestroyIntArray), cann::DestroyIntArrayFn>);
 static_assert(kSame<decltype(aclSetAclOpExecutorRepeatable), cann::SetExecutorRepeatableFn>);
 static_assert(kSame<decltype(aclDestroyAclOpExecutor), cann::DestroyExecutorFn>);
-static_assert(kSame<decltype(aclnnDequantRopeQuantKvcacheGetWorkspaceSize),
-                    cann::GetWorkspaceSizeFn>);
+static_assert(
+    kSame<decltype(aclnnDequantRopeQuantKvcacheGetWorkspaceSize), cann::GetWorkspaceSizeFn>);
 static_assert(kSame<decltype(aclnnDequantRopeQuantKvcache), cann::LaunchFn>);
 static_assert(kSame<decltype(aclGetRecentErrMsg), cann::GetRecentErrMsgFn>);
 
