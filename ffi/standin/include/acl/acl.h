@@ -8,9 +8,9 @@
 extern "C" {
 #endif
 
-typedef void *aclrtStream;
+typedef void* aclrtStream;
 
-const char *aclGetRecentErrMsg();
+const char* aclGetRecentErrMsg();
 
 #ifdef __cplusplus
 }
