@@ -1,0 +1,195 @@
+"""The public function: argument checks, the canonical form, and what comes back."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jax_kvcache._checks import Call, Sizes, check_call
+from jax_kvcache._primitive import dequant_rope_quant_kvcache_canonical
+from jax_kvcache._reference import Operands
+
+
+class DequantRopeQuantKvcacheResult(NamedTuple):
+    """What `dequant_rope_quant_kvcache` returns."""
+
+    q: jax.Array
+    k: jax.Array | None
+    v: jax.Array | None
+    k_cache: jax.Array
+    v_cache: jax.Array
+
+
+def contiguous_rows(indices, S, C2):
+    """Row of each token within its own batch's cache, -1 where it does not fit.
+
+    Args:
+      indices: [B] int32 start rows.
+      S: tokens per batch.
+      C2: rows per batch.
+
+    Returns:
+      [B, S] int32: indices[b] + s, or -1 when the start is negative or the row is C2 or more.
+    """
+    step = jnp.arange(S, dtype=jnp.int32)[None, :]
+    start = indices[:, None]
+    valid = (start >= 0) & (start <= jnp.asarray(C2 - 1, jnp.int32) - step)
+    return jnp.where(valid, start + step, jnp.full_like(step, -1))
+
+
+def _slots(indices, sizes, cache_mode):
+    """The flat slot of each token: [B, S] for contiguous mode, [T] for page mode."""
+    if cache_mode == "page":
+        return indices.reshape(-1)
+    rows = contiguous_rows(indices.reshape(-1), 1 if sizes.S is None else sizes.S, sizes.C2)
+    if sizes.C1 == sizes.B:
+        return rows
+    base = jnp.arange(sizes.B, dtype=jnp.int32)[:, None] * jnp.asarray(sizes.C2, jnp.int32)
+    return jnp.where(rows >= 0, base + rows, jnp.full_like(rows, -1)).reshape(-1)
+
+
+def canonical_operands(call: Call) -> tuple[Operands, Sizes]:
+    """Checks a call of the public function and puts it in the primitive's form.
+
+    Contiguous with C1 == B: groups (B,), rows (C2,). Page, and contiguous with C1 > B: no groups,
+    rows (C1, C2). The caches stay as they are; a reshape would copy them.
+    """
+    sizes = check_call(call)
+    per_batch = call.cache_mode == "contiguous" and sizes.C1 == sizes.B
+    S = 1 if sizes.S is None else sizes.S
+    tokens = (sizes.B, S) if per_batch else (sizes.B * S,)
+    absent = jnp.zeros((0,), jnp.float32)
+
+    def per_token(value, *trailing):
+        return jnp.asarray(value).reshape(*tokens, *trailing)
+
+    def parameter(value, *shape):
+        if value is None:
+            return absent
+        return jnp.asarray(value).reshape((1, *shape) if per_batch else shape)
+
+    is_accumulator = call.x.dtype == jnp.int32
+    activation_scale = call.activation_scale if is_accumulator else None
+    heads = (sizes.Nkv, sizes.D)
+    operands = Operands(
+        x=per_token(call.x, sizes.H),
+        cos=per_token(call.cos, sizes.D),
+        sin=per_token(call.sin, sizes.D),
+        k_cache=jnp.asarray(call.k_cache),
+        v_cache=jnp.asarray(call.v_cache),
+        slots=_slots(jnp.asarray(call.indices), sizes, call.cache_mode),
+        scale_k=parameter(call.scale_k, *heads),
+        scale_v=parameter(call.scale_v, *heads),
+        offset_k=parameter(call.offset_k, *heads),
+        offset_v=parameter(call.offset_v, *heads),
+        weight_scale=parameter(call.weight_scale if is_accumulator else None, sizes.H),
+        activation_scale=absent if activation_scale is None else per_token(activation_scale),
+        bias=parameter(call.bias if is_accumulator else None, sizes.H),
+    )
+    return operands, sizes
+
+
+def dequant_rope_quant_kvcache(
+    x,
+    cos,
+    sin,
+    k_cache,
+    v_cache,
+    indices,
+    scale_k,
+    scale_v,
+    size_splits=None,
+    *,
+    offset_k=None,
+    offset_v=None,
+    weight_scale=None,
+    activation_scale=None,
+    bias=None,
+    quant_mode="static",
+    layout="BSND",
+    kv_output=False,
+    cache_mode="contiguous",
+    indices_mode="drop",
+    implementation=None,
+) -> DequantRopeQuantKvcacheResult:
+    """Dequantises a fused qkv projection, rotates q and k, and writes int8 k and v into the cache.
+
+    This is the arithmetic of CANN's aclnnDequantRopeQuantKvcache, operation by operation and exact
+    to the bit on CPU; every step rounds once, to nearest even:
+
+    1. int32 x: y = float32(x) * weight_scale * activation_scale + bias (a float bias), or
+       y = float32(x + bias) * weight_scale * activation_scale (an int32 bias, wrapping).
+    2. RoPE by halves, h = D/2, in float16 for float16 tables and in float32 for the others:
+       out[j] = (x[j+h] * -sin[j]) + (x[j] * cos[j]);
+       out[j+h] = (x[j] * sin[j+h]) + (x[j+h] * cos[j+h]).
+    3. code = clip(rint(value / scale + offset), -128, 127), half to even, NaN to 0; value is k
+       after RoPE (before rounding to bfloat16) and v before rounding.
+    4. contiguous: batch b writes rows indices[b] .. indices[b]+S-1 of cache[b]; page: token t
+       writes row indices[t] of the cache seen as [C1*C2, Nkv, D].
+
+    Inside `jax.jit` with the caches donated (`donate_argnames=("k_cache", "v_cache")`) the caches
+    are updated in place. Called eagerly, nothing is donated and both caches are copied.
+
+    A negative index, and a row at or past the end, is skipped: no row but those named is ever
+    touched. q, k and v of a skipped token are computed as usual. When tokens of one call share a
+    row, each byte of it comes from one of them.
+
+    Under `jax.vmap`, an unmapped cache with mapped tokens is broadcast: each example writes a copy
+    of its own. Map the cache too, or use page mode, to stay in place.
+
+    Args:
+      x: [B, S, H] or [B, H], H = (Nq + 2*Nkv) * D; int32 accumulators, or float16, bfloat16 or
+        float32 (float32 on CPU, GPU and TPU only).
+      cos: [B, S, 1, D], or [B, D] for a 2-D x; float16, bfloat16 or float32; the dtype of x unless
+        x is int32. Its two halves are independent values.
+      sin: as cos.
+      k_cache: [C1, C2, Nkv, D] int8. C1 >= B in contiguous mode; C1 blocks of C2 rows in page mode.
+      v_cache: as k_cache; another array.
+      indices: int32; [B] or [B, 1] start rows; in page mode one slot per token: [B*S] or [B, S].
+      scale_k: [Nkv, D] or [Nkv*D] float32; the value of one step of the int8 code.
+      scale_v: as scale_k.
+      size_splits: (Nq*D, Nkv*D, Nkv*D); None works it out from the shapes.
+      offset_k: as scale_k, in steps of the code; given together with offset_v or not at all.
+      offset_v: as offset_k.
+      weight_scale: [H] or [1, H] float32; required when x is int32, no effect otherwise.
+      activation_scale: one per token: [B*S] or [B, S] ([B] for a 2-D x) float32; no effect unless
+        x is int32.
+      bias: [H] float32, float16, bfloat16 or int32; no effect unless x is int32.
+      quant_mode: "static".
+      layout: "BSND".
+      kv_output: whether k and v are returned too.
+      cache_mode: "contiguous" or "page".
+      indices_mode: "drop", or "promise_in_bounds": the caller promises that every index is in
+        range, which spares XLA the checks. Native kernels check always.
+      implementation: None takes the platform's native target where there is one, else XLA; "ffi"
+        demands the native target and raises where there is none; "xla" is the jax.numpy reference.
+        `jax_kvcache.explain` says which one a call gets, and why.
+
+    Returns:
+      A NamedTuple: q [B, S, Nq, D] ([B, Nq, D] for a 2-D x) in the dtype of cos; k, v likewise with
+      Nkv heads, or None unless `kv_output`; k_cache, v_cache.
+
+    Raises:
+      TypeError: a missing argument, a wrong dtype or rank.
+      ValueError: a wrong shape or value, one array passed as both caches, a lone offset, or more
+        than 2**31 - 1 rows.
+      NotImplementedError: `implementation="ffi"` where there is no native target; differentiation.
+    """
+    call = Call(
+        x, cos, sin, k_cache, v_cache, indices, scale_k, scale_v, size_splits,
+        offset_k, offset_v, weight_scale, activation_scale, bias,
+        quant_mode, layout, kv_output, cache_mode, indices_mode, implementation,
+    )  # fmt: skip
+    operands, sizes = canonical_operands(call)
+    q, k, v, k_cache, v_cache = dequant_rope_quant_kvcache_canonical(
+        operands,
+        kv_output=bool(kv_output),
+        indices_mode=indices_mode,
+        implementation=implementation,
+    )
+    q = q.reshape(*sizes.tokens, sizes.Nq, sizes.D)
+    if kv_output:
+        k, v = (a.reshape(*sizes.tokens, sizes.Nkv, sizes.D) for a in (k, v))
+    else:
+        k = v = None
+    return DequantRopeQuantKvcacheResult(q, k, v, k_cache, v_cache)

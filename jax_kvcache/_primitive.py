@@ -1,0 +1,222 @@
+"""The primitive: shape rule, dtype rule, abstract evaluation, batching and lowerings."""
+
+import functools
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import core, lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from jax_kvcache import _ffi
+from jax_kvcache._reference import Operands, dequant_rope_quant_kvcache_reference
+
+dequant_rope_quant_kvcache_p = Primitive("dequant_rope_quant_kvcache")
+dequant_rope_quant_kvcache_p.multiple_results = True
+
+# Carries a call to one platform's native target, or refuses it, when that platform is lowered.
+_native_p = Primitive("dequant_rope_quant_kvcache_native")
+_native_p.multiple_results = True
+
+# Operands with the group dimensions in full; the others are parameters that groups may share.
+_PER_GROUP = ("x", "cos", "sin", "k_cache", "v_cache", "slots", "activation_scale")
+
+
+def dequant_rope_quant_kvcache_canonical(
+    operands: Operands,
+    *,
+    kv_output: bool,
+    indices_mode: str,
+    implementation: str | None,
+):
+    """Binds the primitive.
+
+    Args:
+      operands: see `Operands`.
+      kv_output: whether k and v are results; [0] otherwise.
+      indices_mode: "drop" or "promise_in_bounds".
+      implementation: None, "ffi" or "xla".
+
+    Returns:
+      q [*g, T, Nq, D], k and v [*g, T, Nkv, D] or [0], k_cache, v_cache.
+    """
+    types: list[Any] = [jax.typeof(operand) for operand in operands]
+    varying = frozenset().union(*(t.manual_axis_type.varying for t in types))
+    cast = [
+        lax.pcast(operand, tuple(varying - t.manual_axis_type.varying), to="varying")
+        for operand, t in zip(operands, types, strict=True)
+    ]
+    return dequant_rope_quant_kvcache_p.bind(
+        *cast, kv_output=kv_output, indices_mode=indices_mode, implementation=implementation
+    )
+
+
+# Shapes, dtypes and types
+
+
+def _shape_rule(ops: Operands, kv_output: bool):
+    *tokens, width = ops.x.shape
+    num_kv_heads, head_dim = ops.k_cache.shape[-2:]
+    num_q_heads = width // head_dim - 2 * num_kv_heads
+    kv = (*tokens, num_kv_heads, head_dim) if kv_output else (0,)
+    return (*tokens, num_q_heads, head_dim), kv, kv, ops.k_cache.shape, ops.v_cache.shape
+
+
+def _dtype_rule(ops: Operands):
+    return ops.cos.dtype, ops.cos.dtype, ops.cos.dtype, ops.k_cache.dtype, ops.v_cache.dtype
+
+
+def _spec_rule(ops: Any, kv_output: bool):
+    """Partition specs of the results: tokens as in x, heads as in the cache."""
+    tokens = tuple(ops.x.sharding.spec)[:-1]
+    cache = ops.k_cache.sharding.spec
+    rows = (*tokens, *tuple(cache)[-2:])
+    kv = rows if kv_output else (None,)
+    return rows, kv, kv, cache, ops.v_cache.sharding.spec
+
+
+def _abstract_eval(*avals, kv_output, indices_mode, implementation):
+    ops: Any = Operands(*avals)
+    shapes, dtypes = _shape_rule(ops, kv_output), _dtype_rule(ops)
+    meshes = [a.sharding.mesh for a in avals if not a.sharding.mesh.empty]
+    if not meshes:
+        return [core.ShapedArray(s, d) for s, d in zip(shapes, dtypes, strict=True)]
+    return [
+        core.ShapedArray(
+            shape,
+            dtype,
+            sharding=NamedSharding(meshes[0], PartitionSpec(*spec)),
+            manual_axis_type=ops.x.manual_axis_type,
+        )
+        for shape, dtype, spec in zip(shapes, dtypes, _spec_rule(ops, kv_output), strict=True)
+    ]
+
+
+dequant_rope_quant_kvcache_p.def_abstract_eval(_abstract_eval)
+
+
+# Evaluation outside jit
+
+
+@functools.partial(jax.jit, static_argnames=("kv_output", "indices_mode", "implementation"))
+def _jitted(*operands, **params):
+    return dequant_rope_quant_kvcache_p.bind(*operands, **params)
+
+
+@dequant_rope_quant_kvcache_p.def_impl
+def _impl(*operands, **params):
+    with jax.disable_jit(False):
+        return _jitted(*operands, **params)
+
+
+# Differentiation and batching
+
+
+def _jvp(primals, tangents, **params):
+    raise NotImplementedError(
+        "dequant_rope_quant_kvcache is an inference operator and has no derivative: rounding to "
+        "int8 has a zero gradient almost everywhere. Use jax.lax.stop_gradient on its inputs."
+    )
+
+
+ad.primitive_jvps[dequant_rope_quant_kvcache_p] = _jvp
+
+
+def _batch(operands, dims, **params):
+    """Prepends the mapped axis to the group dimensions; nothing is folded or looped over."""
+    size = next(
+        operand.shape[dim] for operand, dim in zip(operands, dims, strict=True) if dim is not None
+    )
+
+    def prepend(name, operand, dim):
+        if dim is not None:
+            return jnp.moveaxis(operand, dim, 0)
+        if operand.shape == (0,):  # an absent optional
+            return operand
+        if name in _PER_GROUP:
+            return jnp.broadcast_to(operand, (size, *operand.shape))
+        return jnp.expand_dims(operand, 0)
+
+    batched = map(prepend, Operands._fields, operands, dims)
+    results = dequant_rope_quant_kvcache_canonical(Operands(*batched), **params)
+    return results, [0 if params["kv_output"] or i not in (1, 2) else None for i in range(5)]
+
+
+batching.primitive_batchers[dequant_rope_quant_kvcache_p] = _batch
+
+
+# Lowering: one default rule for all platforms, so that plugins discovered late, cross-platform
+# lowering and export take the same road
+
+
+def _native_call(*operands, kv_output, **_):
+    results = [
+        jax.ShapeDtypeStruct(a.shape, a.dtype, manual_axis_type=a.manual_axis_type)
+        for a in _abstract_eval(
+            *map(jax.typeof, operands), kv_output=kv_output, indices_mode="", implementation=None
+        )
+    ]
+    return jax.ffi.ffi_call(_ffi.TARGET, results, input_output_aliases={3: 3, 4: 4})(
+        *operands, kv_output=kv_output
+    )
+
+
+def _native_abstract_eval(*avals, platform, **params):
+    return _abstract_eval(*avals, **params)
+
+
+_native_p.def_abstract_eval(_native_abstract_eval)
+
+
+def _xla_call(*operands, **params):
+    """The reference; on a mesh with explicit axes XLA's partitioner works out the inside."""
+    types = _abstract_eval(*map(jax.typeof, operands), implementation="xla", **params)
+    shardings = [t.sharding for t in types]
+    mesh = shardings[0].mesh
+    call = functools.partial(dequant_rope_quant_kvcache_reference, **params)
+    explicit = {
+        n for n, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == AxisType.Explicit
+    }
+    if not explicit:
+        return call(*operands)
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.sharding.auto_axes(call, axes=tuple(explicit), out_sharding=shardings)(*operands)
+
+
+def _native_lowering(ctx, *operands, platform, implementation, **params):
+    """Emits the platform's native call; where it cannot be had, raises, warns or says nothing."""
+    if platform is None:
+        platform = " and ".join(ctx.module_context.platforms)
+    reason = _ffi.refusal(platform, Operands(*ctx.avals_in))
+    if reason is None:
+        return mlir.lower_fun(_native_call)(ctx, *operands, **params)
+    if implementation == "ffi":
+        raise NotImplementedError(f'`implementation="ffi"`: {reason}.')
+    if platform in _ffi.NATIVE_PLATFORMS:
+        warnings.warn(
+            f"dequant_rope_quant_kvcache runs its XLA implementation on {platform}: {reason}.",
+            stacklevel=2,
+        )
+    return mlir.lower_fun(_xla_call)(ctx, *operands, **params)
+
+
+mlir.register_lowering(_native_p, _native_lowering)
+
+
+def _call_on_platform(*operands, implementation, **params):
+    if implementation == "xla":
+        return list(_xla_call(*operands, **params))
+
+    def branch(platform):
+        return functools.partial(
+            _native_p.bind, platform=platform, implementation=implementation, **params
+        )
+
+    branches = {platform: branch(platform) for platform in _ffi.NATIVE_PLATFORMS}
+    return lax.platform_dependent(*operands, default=branch(None), **branches)
+
+
+mlir.register_lowering(dequant_rope_quant_kvcache_p, mlir.lower_fun(_call_on_platform))
