@@ -153,12 +153,9 @@ batching.primitive_batchers[dequant_rope_quant_kvcache_p] = _batch
 
 
 def _native_call(*operands, platform, kv_output, **_):
-    results = [
-        jax.ShapeDtypeStruct(a.shape, a.dtype, manual_axis_type=a.manual_axis_type)
-        for a in _abstract_eval(
-            *map(jax.typeof, operands), kv_output=kv_output, indices_mode="", implementation=None
-        )
-    ]
+    results = _abstract_eval(
+        *map(jax.typeof, operands), kv_output=kv_output, indices_mode="", implementation=None
+    )
     if platform in _ascend.PLATFORMS:
         operands = _ascend.native_operands(Operands(*operands))
     return jax.ffi.ffi_call(_ffi.TARGET, results, input_output_aliases={3: 3, 4: 4})(

@@ -37,12 +37,9 @@ class Standin:
     """The stand-in device's memory of what was asked of it, and its controls."""
 
     def __init__(self, toolkit):
-        """Loads the stand-in libraries, as a real plugin loads CANN's."""
-        libraries = toolkit / "lib64"
+        """Loads the device's own library from its toolkit."""
         self.toolkit = toolkit
-        self._lib = ctypes.CDLL(str(libraries / "libascend_standin.so"))
-        for name in ("libnnopbase.so", "libascendcl.so", "libopapi.so"):
-            ctypes.CDLL(str(libraries / name))
+        self._lib = ctypes.CDLL(str(toolkit / "lib64" / "libascend_standin.so"))
         self._lib.standin_load.restype = ctypes.c_char_p
         self._lib.standin_register.restype = ctypes.c_char_p
         self._lib.standin_register.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
@@ -55,7 +52,13 @@ class Standin:
         """The PJRT plugin."""
         return self._lib._name
 
-    def load(self, platform_name: str, with_ffi_extension: bool) -> None:
+    def load_cann(self) -> None:
+        """Loads the stand-in CANN, as a real plugin loads CANN: the loader then knows its names."""
+        for name in ("libnnopbase.so", "libascendcl.so", "libopapi.so"):
+            ctypes.CDLL(str(self.toolkit / "lib64" / name))
+        os.environ["ASCEND_HOME_PATH"] = str(self.toolkit)
+
+    def load_plugin(self, platform_name: str, with_ffi_extension: bool) -> None:
         """Loads XLA's CPU plugin behind the stand-in."""
         error = self._lib.standin_load(
             str(_standin.cpu_plugin()).encode(), platform_name.encode(), int(with_ffi_extension)
@@ -139,15 +142,18 @@ def enable_ascend_standin(
     devices: int = 1,
     platform_name: str = "ascend",
     routes: Iterable[str] = ("jax", "pjrt"),
+    cann: bool = True,
 ) -> Standin:
     """Makes a stand-in Ascend device JAX's default backend in this process.
 
-    Compiles the stand-in on first use (a few seconds, g++). Sets ASCEND_HOME_PATH of this process.
+    Compiles the stand-in on first use (with g++, about 20 s). Sets this process's ASCEND_HOME_PATH
+    and forgets its other paths of CANN.
 
     Args:
       devices: how many devices it has.
       platform_name: what its client calls itself: "ascend", or "ASCEND" as the public plugin does.
       routes: how it takes FFI targets: "jax" (a hook of `jax.ffi`), "pjrt" (its FFI extension).
+      cann: whether the machine has CANN too; without it the operator cannot run.
 
     Returns:
       The device's memory and controls. A second call with the same arguments returns the first's.
@@ -165,7 +171,7 @@ def enable_ascend_standin(
         raise ValueError(f"`routes` must be among 'jax' and 'pjrt', got {routes}.")
     if devices < 1:
         raise ValueError(f"`devices` must be 1 or more, got {devices}.")
-    arguments = (devices, platform_name, routes)
+    arguments = (devices, platform_name, routes, cann)
     if _enabled is not None:
         if _enabled[1] != arguments:
             raise RuntimeError(
@@ -175,10 +181,11 @@ def enable_ascend_standin(
     _check_free()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # the plugin below is talkative
     standin = Standin(_standin.build())
-    standin.load(platform_name, "pjrt" in routes)
-    os.environ["ASCEND_HOME_PATH"] = str(standin.toolkit)
-    for variable in ("ASCEND_TOOLKIT_HOME", "ASCEND_CUSTOM_OPP_PATH"):
+    standin.load_plugin(platform_name, "pjrt" in routes)
+    for variable in ("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME", "ASCEND_CUSTOM_OPP_PATH"):
         os.environ.pop(variable, None)
+    if cann:
+        standin.load_cann()
     _compat.register_plugin("ascend", standin.library_path, {"cpu_device_count": devices})
     if "jax" in routes:
         for name in ("ascend", "ASCEND"):
