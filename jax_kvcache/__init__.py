@@ -4,5 +4,10 @@ from jax_kvcache._explain import Explanation as Explanation
 from jax_kvcache._explain import explain as explain
 from jax_kvcache._op import DequantRopeQuantKvcacheResult as DequantRopeQuantKvcacheResult
 from jax_kvcache._op import dequant_rope_quant_kvcache as dequant_rope_quant_kvcache
+from jax_kvcache.attention import decode_attention as decode_attention
+from jax_kvcache.cache import KVCache as KVCache
+from jax_kvcache.cache import PagedKVCache as PagedKVCache
+from jax_kvcache.cache import slots_from_block_table as slots_from_block_table
+from jax_kvcache.rope import rope_tables as rope_tables
 
 __version__ = "0.1.0"

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 
 from jax_kvcache import _ffi
-from jax_kvcache._checks import Call
+from jax_kvcache._checks import Call, check_call
 from jax_kvcache._op import canonical_operands
 
 
@@ -41,6 +41,7 @@ def explain(*args, platform: str | None = None, **kwargs) -> Explanation:
       TypeError, ValueError: as `dequant_rope_quant_kvcache`.
     """
     call = Call(*args, **kwargs)
+    check_call(call)
     arrays = {k: v for k, v in call._asdict().items() if hasattr(v, "shape")}
     operands = jax.eval_shape(
         lambda arrays: canonical_operands(call._replace(**arrays))[0],

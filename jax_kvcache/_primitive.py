@@ -173,7 +173,7 @@ _native_p.def_abstract_eval(_native_abstract_eval)
 def _xla_call(*operands, **params):
     """The reference; on a mesh with explicit axes XLA's partitioner works out the inside."""
     types = _abstract_eval(*map(jax.typeof, operands), implementation="xla", **params)
-    shardings = [t.sharding for t in types]
+    shardings = tuple(t.sharding for t in types)
     mesh = shardings[0].mesh
     call = functools.partial(dequant_rope_quant_kvcache_reference, **params)
     explicit = {

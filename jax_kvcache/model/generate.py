@@ -1,0 +1,96 @@
+"""Generation: one jitted step per byte, the cache donated from each to the next."""
+
+import functools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_kvcache.cache import KVCache
+from jax_kvcache.model.forward import forward, forward_float
+from jax_kvcache.model.weights import Model
+
+
+class Step(NamedTuple):
+    """One byte of the text: what was written, and what the greedy choice was."""
+
+    byte: jax.Array  # [B] int32
+    greedy: jax.Array  # [B] int32
+
+
+@functools.partial(jax.jit, donate_argnames="cache", static_argnames="implementation")
+def read(
+    model: Model,
+    cache: KVCache,
+    tokens: jax.Array,
+    positions: jax.Array,
+    key: jax.Array,
+    temperature: jax.Array,
+    *,
+    implementation: str | None = None,
+) -> tuple[Step, KVCache]:
+    """Reads S bytes of each text and chooses the next one.
+
+    Args:
+      model: see `load_model`.
+      cache: see `new_cache`; donated.
+      tokens: [B, S] int32 bytes.
+      positions: [B] int32, the position of the first of them.
+      key: a random key; folded with the position.
+      temperature: float32 scalar; 0 is greedy.
+      implementation: the operator's.
+
+    Returns:
+      The chosen bytes, and the cache.
+    """
+    logits, cache = forward(model, tokens, cache, positions, implementation=implementation)
+    last = logits[:, -1]
+    greedy = jnp.argmax(last, axis=-1).astype(jnp.int32)
+    key = jax.random.fold_in(key, positions[0])
+    warmth = jnp.where(temperature > 0, temperature, 1.0)
+    sampled = jax.random.categorical(key, last / warmth).astype(jnp.int32)
+    return Step(jnp.where(temperature > 0, sampled, greedy), greedy), cache
+
+
+def generate(
+    model: Model,
+    cache: KVCache,
+    prompt: bytes,
+    *,
+    temperature: float,
+    seed: int,
+    implementation: str | None = None,
+) -> Iterator[Step]:
+    """Continues one text, a byte at a time, until the context is full.
+
+    Args:
+      model: see `load_model`.
+      cache: an empty cache of one text; donated.
+      prompt: at least one byte and fewer than the context.
+      temperature: of the sampling; 0 is greedy.
+      seed: of the sampling.
+      implementation: the operator's.
+
+    Yields:
+      The next byte, on the host.
+    """
+    key, warmth = jax.random.key(seed), jnp.float32(temperature)
+    choose = functools.partial(read, implementation=implementation)
+    tokens = jnp.asarray(np.frombuffer(prompt, np.uint8).astype(np.int32))[None, :]
+    position = 0
+    while position + tokens.shape[1] <= model.config.context:
+        positions = jnp.full((1,), position, jnp.int32)
+        step, cache = choose(model, cache, tokens, positions, key, warmth)
+        yield jax.device_get(step)
+        position += tokens.shape[1]
+        tokens = step.byte[:, None]
+
+
+def greedy_with_float_cache(model: Model, text: bytes) -> np.ndarray:
+    """The greedy choice after every byte of a text, made with a float cache: [len(text)] int32."""
+    tokens = np.zeros((1, model.config.context), np.int32)  # causal: what follows is not seen
+    tokens[0, : len(text)] = np.frombuffer(text, np.uint8)
+    logits, _, _ = jax.jit(forward_float)(model, jnp.asarray(tokens))
+    return np.asarray(jnp.argmax(logits[0, : len(text)], axis=-1), np.int32)
