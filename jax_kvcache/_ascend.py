@@ -26,7 +26,7 @@ _through_pjrt: str | None = "no Ascend PJRT plugin was found in this process"
 
 
 def register(library: ctypes.CDLL, target: str) -> None:
-    """Registers the handler with the Ascend plugin, now or when JAX discovers it; lets it donate.
+    """Registers the handler with the Ascend plugin, now or when JAX discovers it.
 
     Args:
       library: the native library.
@@ -35,7 +35,6 @@ def register(library: ctypes.CDLL, target: str) -> None:
     global _library, _through_jax
     _library = library
     library.jax_kvcache_cann.argtypes = [ctypes.POINTER(ctypes.c_char_p)]
-    _compat.enable_donation(PLATFORMS)
     capsule = jax.ffi.pycapsule(library.dequant_rope_quant_kvcache_ascend)
     try:
         for platform in PLATFORMS:

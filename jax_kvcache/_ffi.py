@@ -1,28 +1,81 @@
 """Finds and loads the native library, registers its FFI targets, and says what is missing."""
 
 import ctypes
+import re
 from pathlib import Path
 
-from jax_kvcache import _ascend
+import jax
+
+from jax_kvcache import _ascend, _compat
 
 TARGET = "dequant_rope_quant_kvcache"  # the same name on every platform
-NATIVE_PLATFORMS: tuple[str, ...] = _ascend.PLATFORMS
+NATIVE_PLATFORMS: tuple[str, ...] = ("cpu", *_ascend.PLATFORMS)
+LIBRARY = Path(__file__).parent / "libjax_kvcache.so"
 
 
-def _load():
-    library = ctypes.CDLL(str(Path(__file__).parent / "libjax_kvcache.so"))
-    _ascend.register(library, TARGET)
-    return library
+def _runtime_ffi_version() -> int | None:
+    """The FFI version of the installed jaxlib, 1000 * major + minor, as its own headers say it."""
+    header = Path(jax.ffi.include_dir(), "xla", "ffi", "api", "c_api.h")
+    if not header.exists():
+        return None
+    found = dict(re.findall(r"#define XLA_FFI_API_(MAJOR|MINOR) (\d+)", header.read_text()))
+    return 1000 * int(found["MAJOR"]) + int(found["MINOR"])
 
 
-_library = _load()
+def _version_conflict(library: ctypes.CDLL) -> str | None:
+    """Why this jaxlib must not be given the library's handlers, or None when it may.
+
+    A handler built with newer FFI headers keeps the whole CPU backend from starting.
+    """
+    built, running = library.jax_kvcache_ffi_api_version(), _runtime_ffi_version()
+    if running is None:
+        return "the installed jaxlib has no FFI headers, which say its FFI version"
+    if built > running or built // 1000 != running // 1000:
+        return (
+            f"the native library was built for XLA FFI {built // 1000}.{built % 1000} and the "
+            f"installed jaxlib has {running // 1000}.{running % 1000}"
+        )
+    return None
+
+
+def _load() -> tuple[ctypes.CDLL | None, str | None]:
+    """The native library, or None and the reason."""
+    try:
+        library = ctypes.CDLL(str(LIBRARY))
+    except OSError as error:
+        return None, f"the native library cannot be loaded ({error})"
+    library.jax_kvcache_simd.restype = ctypes.c_char_p
+    conflict = _version_conflict(library)
+    return (None, conflict) if conflict else (library, None)
+
+
+_library, _missing = _load()
+
+
+def register(name: str, symbol: str, platform: str) -> None:
+    """Registers one of the library's handlers as an FFI target."""
+    handler = jax.ffi.pycapsule(getattr(_library, symbol))
+    jax.ffi.register_ffi_target(name, handler, platform=platform)
+
+
+if _library is not None:
+    register(TARGET, f"{TARGET}_cpu", "cpu")
+    _ascend.register(_library, TARGET)
+_compat.enable_donation(_ascend.PLATFORMS)  # exporting for Ascend needs no library
+
+
+def simd() -> str | None:
+    """The kernel's instruction set, "baseline", "avx2" or "avx512"; None without the library."""
+    return _library.jax_kvcache_simd().decode() if _library else None
 
 
 def unavailable(platform: str) -> str | None:
     """Why the native target cannot run on `platform`, or None when it can."""
-    if platform in _ascend.PLATFORMS:
+    if platform not in NATIVE_PLATFORMS:
+        return f"there is no native target for platform '{platform}'"
+    if _missing is None and platform in _ascend.PLATFORMS:
         return _ascend.unavailable()
-    return f"there is no native target for platform '{platform}'"
+    return _missing
 
 
 def refusal(platform: str, operands) -> str | None:
