@@ -89,7 +89,7 @@ class Search {
       }
       tried_ += "\n  " + place + ": has no " + kLaunch;
     }
-    return Fail("a library with aclnnDequantRopeQuantKvcache");
+    return Fail("library with aclnnDequantRopeQuantKvcache");
   }
 
   // libopapi.so depends on libnnopbase.so: the operator's own copy comes first.
@@ -122,8 +122,8 @@ class Search {
   void* Open(const std::string& place) {
     void* library = dlopen(place.c_str(), RTLD_LAZY | RTLD_LOCAL);
     if (library == nullptr) {
-      const char* reason = dlerror();
-      tried_ += "\n  " + place + ": " + (reason == nullptr ? "cannot be loaded" : reason);
+      const char* reason = dlerror();  // it begins with the file's name
+      tried_ += std::string("\n  ") + (reason == nullptr ? place.c_str() : reason);
     }
     return library;
   }

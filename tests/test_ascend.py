@@ -12,7 +12,7 @@ TESTS = Path(__file__).parent
 
 def run_session(session, *arguments):
     environment = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", str(TESTS / "ascend")]
+    command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", str(TESTS / "ascend")]
     done = subprocess.run(
         [*command, *arguments],
         env=environment | {"ASCEND_SESSION": session},
