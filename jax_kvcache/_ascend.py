@@ -14,8 +14,8 @@ PLATFORMS = ("ascend", "ASCEND")
 """The public plugin registers as the first, and its client reports the second: each keys rules."""
 
 INT32_MAX = 2**31 - 1
-MAX_WIDTH = 4096  # of H, documented
-MAX_KV_WIDTH = 2047  # of Nkv*D: at 2048 the published kernel's 8-bit stride overflows
+MAX_WIDTH = 4096
+"""Of H, documented. So Nkv*D stays below 2048, where the published kernel's stride overflows."""
 
 _library: ctypes.CDLL | None = None
 _through_jax: str | None = "it was not tried"  # why not, or None
@@ -56,7 +56,7 @@ def register(library: ctypes.CDLL, target: str) -> None:
 def routes() -> dict[str, str | None]:
     """The ways to register with the plugin: for each None where it worked, or why it did not."""
     hooked = any(map(_compat.has_custom_call_handler, PLATFORMS))
-    through_jax = _through_jax or (None if hooked else "the plugin takes no targets from jax.ffi")
+    through_jax = _through_jax or (None if hooked else "no plugin takes targets from jax.ffi")
     return {"jax.ffi": through_jax, "PJRT FFI extension": _through_pjrt}
 
 
@@ -106,8 +106,6 @@ def _shape_refusal(num_q_heads: int, num_kv_heads: int, head_dim: int, half: boo
         return f"the published kernel is misaligned for float16 with D % 32, got D = {head_dim}"
     if kv_width % 64:
         return f"the published kernel quantises Nkv*D in multiples of 64 only, got {kv_width}"
-    if kv_width > MAX_KV_WIDTH:
-        return f"the published kernel addresses Nkv*D <= {MAX_KV_WIDTH} only, got {kv_width}"
     return None
 
 
