@@ -1,4 +1,4 @@
-"""The Ascend platform: registering with its plugin, what the operator takes, and the slots it gets."""
+"""The Ascend platform: registering with its plugin, what the operator takes, what it is given."""
 
 import ctypes
 import math
@@ -75,18 +75,21 @@ def plugin() -> str | None:
 
 
 def unavailable() -> str | None:
-    """Why the operator cannot run on this process's Ascend device, or None.
-
-    Without an Ascend device the answer is None: a function is lowered for another machine.
-    """
+    """Why the operator cannot run in this process, or None when it can."""
     if plugin() is None:
-        return None
+        return "this process has no Ascend PJRT plugin"
     reasons = routes()
     if None not in reasons.values():
         tried = "; ".join(f"{route}: {reason}" for route, reason in reasons.items())
         return f"the Ascend plugin did not take the FFI target ({tried})"
     bound, text = cann()
     return None if bound else text
+
+
+def report() -> dict[str, str]:
+    """The state of everything that the operator needs, for people."""
+    registered = {f"target through {k}": v or "registered" for k, v in routes().items()}
+    return {"plugin": plugin() or "none in this process"} | registered | {"CANN": cann()[1]}
 
 
 # What the operator takes

@@ -1,4 +1,4 @@
-"""The few things from JAX's private modules, each with its reason; tests/test_compat.py guards them.
+"""The few things from JAX's private modules, each with its reason; guarded by tests/test_compat.py.
 
 Written against JAX 0.10.2 and 0.12.
 """

@@ -85,6 +85,8 @@ def refusal(platform: str, operands) -> str | None:
       platform: the platform that is lowered, for example "cpu".
       operands: the primitive's operands, or their types.
     """
-    if platform in _ascend.PLATFORMS and (reason := _ascend.refusal(operands)):
-        return reason
+    if platform not in _ascend.PLATFORMS:
+        return unavailable(platform)
+    if (reason := _ascend.refusal(operands)) or _ascend.plugin() is None:
+        return reason  # without an Ascend device here, the call is lowered for another machine
     return unavailable(platform)

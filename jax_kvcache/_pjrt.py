@@ -1,4 +1,4 @@
-"""Registers an FFI handler through a PJRT plugin's own FFI extension, for plugins without a hook."""
+"""Registers an FFI handler through a PJRT plugin's own FFI extension."""
 
 import ctypes
 from typing import Any

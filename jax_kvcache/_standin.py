@@ -50,16 +50,17 @@ def cpu_plugin() -> Path:
     return Path(next(iter(spec.submodule_search_locations))) / "xla_cpu_pjrt.so"
 
 
-def _compiler() -> str:
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
+def compiler() -> str:
+    """The C++ compiler."""
+    found = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if found is None:
         raise RuntimeError("The stand-in device is compiled on first use: install g++, or set CXX.")
-    return compiler
+    return found
 
 
-def _compile(folder: Path, compiler: str, sources: Path, include: list[Path]) -> None:
+def _compile(folder: Path, cxx: str, sources: Path, include: list[Path]) -> None:
     for name, (files, needs) in _LIBRARIES.items():
-        command = [compiler, *_FLAGS, f"-I{sources}", f"-I{sources / 'include'}"]
+        command = [cxx, *_FLAGS, f"-I{sources}", f"-I{sources / 'include'}"]
         for path in include:
             command += ["-isystem", str(path)]
         command += [str(sources / file) for file in files]
@@ -81,9 +82,9 @@ def build() -> Path:
     """
     if not sys.platform.startswith("linux"):
         raise RuntimeError("The stand-in device runs on Linux x86-64.")
-    sources, plugin, compiler = source_folder(), cpu_plugin(), _compiler()
+    sources, plugin, cxx = source_folder(), cpu_plugin(), compiler()
     include = [Path(jaxlib.__file__).parent / "include", plugin.parent / "include"]
-    digest = hashlib.sha256(f"{compiler} {_FLAGS} {include}".encode())
+    digest = hashlib.sha256(f"{cxx} {_FLAGS} {include}".encode())
     for path in sorted(sources.rglob("*")):
         if path.suffix in (".cc", ".h"):
             digest.update(path.name.encode() + path.read_bytes())
@@ -96,7 +97,7 @@ def build() -> Path:
         made = Path(folder) / "toolkit"
         shutil.copytree(sources / "include", made / "include")
         (made / "lib64").mkdir()
-        _compile(made / "lib64", compiler, sources, include)
+        _compile(made / "lib64", cxx, sources, include)
         try:
             made.rename(toolkit)
         except OSError:  # another process was first

@@ -1,8 +1,8 @@
 """The stand-in Ascend device: develop and test the Ascend path on a Linux x86-64 machine.
 
 It is XLA's CPU plugin behind the face of an Ascend plugin, with stand-ins of CANN's libraries that
-check each call and compute it. It shows that the calls, descriptors, lifetimes and order are right,
-and the bits of the published kernel's arithmetic. It shows nothing about an NPU: ffi/ASCEND.md lists
+check each call and compute it. It shows that calls, descriptors, lifetimes and order are right, and
+the bits of the published kernel's arithmetic. It shows nothing about an NPU: ffi/ASCEND.md lists
 what only hardware can show.
 """
 
@@ -118,6 +118,10 @@ class Standin:
 _enabled: tuple[Standin, tuple] | None = None
 
 
+def _chosen_platforms() -> str | None:
+    return getattr(jax.config, "jax_platforms", None)
+
+
 def _check_free() -> None:
     if _compat.backends_are_initialized():
         raise RuntimeError(
@@ -130,7 +134,7 @@ def _check_free() -> None:
         names |= {m.name for m in pkgutil.iter_modules(spec.submodule_search_locations)}
     if any("ascend" in name.lower() for name in names) or _compat.plugin_api("ascend"):
         raise RuntimeError("An Ascend plugin is installed: the stand-in does not replace it.")
-    chosen = jax.config.jax_platforms
+    chosen = _chosen_platforms()
     if chosen and "ascend" not in chosen.split(","):
         raise RuntimeError(
             f"JAX_PLATFORMS={chosen} leaves the stand-in out: unset it, or add ascend to it."

@@ -44,7 +44,14 @@ def changed(parameter):
 
 
 def check_headers(include):
-    command = [CXX, "-std=c++17", "-fsyntax-only", f"-I{FFI}", f"-I{include}", FFI / "cann_check.cc"]
+    command = [
+        CXX,
+        "-std=c++17",
+        "-fsyntax-only",
+        f"-I{FFI}",
+        f"-I{include}",
+        FFI / "cann_check.cc",
+    ]
     return subprocess.run(command, capture_output=True, text=True)
 
 

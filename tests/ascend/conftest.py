@@ -1,7 +1,7 @@
 """A session on an Ascend device: the stand-in, or a real one; tests/test_ascend.py starts it.
 
-The environment variable ASCEND_SESSION says which: the stand-in's platform name and its routes, such
-as "ASCEND pjrt", or "device". Without it nothing here is collected.
+The environment variable ASCEND_SESSION says which: the stand-in's platform name and its routes,
+such as "ASCEND pjrt", or "device". Without it nothing here is collected.
 """
 
 import os

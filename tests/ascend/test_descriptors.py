@@ -1,4 +1,4 @@
-"""What the operator receives, against its documentation: dtypes, shapes, strides, formats, modes."""
+"""What the operator receives, against its documentation: dtypes, shapes, strides, modes."""
 
 import functools
 import math

@@ -127,8 +127,8 @@ def target(**changes):
 
 def test_the_handler_checks_for_itself(standin):
     target()
+    tables = {name: jnp.ones((2, 1, 64), jnp.float32) for name in ("cos", "sin")}
     with pytest.raises(ERRORS, match=r"`cos` must have dtype float16 or bfloa"):
-        tables = {name: jnp.ones((2, 1, 64), jnp.float32) for name in ("cos", "sin")}
         target(x=jnp.ones((2, 1, 256), jnp.float32), **tables)
     with pytest.raises(ERRORS, match="must be shared by all groups on Ascend"):
         target(scale_k=jnp.ones((2, 1, 64)))

@@ -73,9 +73,7 @@ def test_scan(cache_mode, C1, launches):
         def step(caches, i):
             rows = jnp.asarray([0, SIZES["C2"]] if cache_mode == "page" else [0, 0]) + i
             named = dict(zip(names, caches, strict=True))
-            result = operator(
-                **call, **named, indices=rows.reshape(shape), cache_mode=cache_mode
-            )
+            result = operator(**call, **named, indices=rows.reshape(shape), cache_mode=cache_mode)
             return (result.k_cache, result.v_cache), result.q
 
         return jax.lax.scan(step, caches, jnp.arange(STEPS))

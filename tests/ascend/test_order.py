@@ -47,8 +47,8 @@ def test_asynchronous_and_ordered(standin):
         result = step(**call, **caches)
         caches = {"k_cache": result.k_cache, "v_cache": result.v_cache}
     jax.block_until_ready(result)
-    expected = [[f"launch {i} on 0", f"return {i}", f"execute {i}"] for i in range(5)]
-    assert standin.ledger()["events"] == sum(expected, [])
+    one = ("launch {} on 0", "return {}", "execute {}")
+    assert standin.ledger()["events"] == [event.format(i) for i in range(5) for event in one]
 
 
 def test_one_call_can_launch_many_before_any_runs(standin):
