@@ -31,7 +31,7 @@ def test_oracle(name):
     check(oracle.dequant_rope_quant_kvcache(**call.inputs, **options), call.expected, name)
 
 
-@pytest.mark.parametrize("implementation", ["xla"])
+@pytest.mark.parametrize("implementation", ["xla", "ffi"])
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_operator(name, jit, implementation):

@@ -31,7 +31,7 @@ def elements(call):
     return math.prod(call["k_cache"].shape)
 
 
-@pytest.mark.parametrize("implementation", ["xla"])
+@pytest.mark.parametrize("implementation", ["xla", "ffi"])
 @pytest.mark.parametrize("x_dtype", [jnp.int32, jnp.float16, jnp.bfloat16])
 @pytest.mark.parametrize("cache_mode", ["contiguous", "page"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -73,7 +73,7 @@ def test_the_obvious_write_is_seen_as_a_copy():
         hlo.assert_in_place(compiled, math.prod(cache.shape))
 
 
-@pytest.mark.parametrize("implementation", ["xla"])
+@pytest.mark.parametrize("implementation", ["xla", "ffi"])
 @pytest.mark.parametrize("cache_mode", ["contiguous", "page"])
 def test_scan(cache_mode, implementation):
     call = calls.ones(**SMALL, cache_mode=cache_mode)
@@ -94,7 +94,7 @@ def test_scan(cache_mode, implementation):
     assert compiled.memory_analysis().temp_size_in_bytes < k_cache.size // 10
 
 
-@pytest.mark.parametrize("implementation", ["xla"])
+@pytest.mark.parametrize("implementation", ["xla", "ffi"])
 @pytest.mark.parametrize("levels", [1, 2])
 @pytest.mark.parametrize("cache_mode", ["contiguous", "page"])
 def test_vmap(cache_mode, levels, implementation):
@@ -110,7 +110,7 @@ def test_vmap(cache_mode, levels, implementation):
     assert compiled.memory_analysis().temp_size_in_bytes < elements(call) // 10
 
 
-@pytest.mark.parametrize("implementation", ["xla"])
+@pytest.mark.parametrize("implementation", ["xla", "ffi"])
 def test_buffers_stay_the_same(implementation):
     call = calls.ones(**SMALL)
     step = jax.jit(
@@ -126,7 +126,7 @@ def test_buffers_stay_the_same(implementation):
     assert before == after
 
 
-@pytest.mark.parametrize("implementation", ["xla"])
+@pytest.mark.parametrize("implementation", ["xla", "ffi"])
 def test_undonated_caches_keep_their_data(implementation):
     call = calls.ones(**SMALL)
     result = jax.jit(functools.partial(dequant_rope_quant_kvcache, implementation=implementation))(

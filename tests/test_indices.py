@@ -53,7 +53,7 @@ def check(indices, implementation, **sizes):
         np.testing.assert_array_equal(after[untouched], call[name][untouched])
 
 
-@pytest.mark.parametrize("implementation", ["xla"])
+@pytest.mark.parametrize("implementation", ["xla", "ffi"])
 @pytest.mark.parametrize("C1", [B, B + 2])
 @pytest.mark.parametrize("S", [1, 3])
 def test_contiguous(S, C1, implementation):
@@ -62,7 +62,7 @@ def test_contiguous(S, C1, implementation):
         check([first, 2, last], implementation, C1=C1, S=S, cache_mode="contiguous")
 
 
-@pytest.mark.parametrize("implementation", ["xla"])
+@pytest.mark.parametrize("implementation", ["xla", "ffi"])
 @pytest.mark.parametrize("C1", [B, B + 2])
 @pytest.mark.parametrize("S", [1, 3])
 def test_page(S, C1, implementation):
@@ -73,7 +73,7 @@ def test_page(S, C1, implementation):
         check(slots, implementation, C1=C1, S=S, cache_mode="page")
 
 
-@pytest.mark.parametrize("implementation", ["xla"])
+@pytest.mark.parametrize("implementation", ["xla", "ffi"])
 @pytest.mark.parametrize("cache_mode", ["contiguous", "page"])
 def test_a_nan_token_that_is_skipped_changes_nothing(cache_mode, implementation):
     call = call_with([-1] * B, C1=B, S=1, cache_mode=cache_mode)
@@ -84,7 +84,7 @@ def test_a_nan_token_that_is_skipped_changes_nothing(cache_mode, implementation)
     assert np.isnan(np.asarray(result.q)).all()
 
 
-@pytest.mark.parametrize("implementation", ["xla"])
+@pytest.mark.parametrize("implementation", ["xla", "ffi"])
 def test_duplicate_rows_are_not_torn(implementation):
     """Tokens that share a row: the row is one of theirs, K and V each, and no other row changes."""
     slots = [4, 4, 4, 9, 9, 4, -1, 9, 4]
@@ -104,7 +104,7 @@ def test_duplicate_rows_are_not_torn(implementation):
         np.testing.assert_array_equal(after[others], before[others])
 
 
-@pytest.mark.parametrize("implementation", ["xla"])
+@pytest.mark.parametrize("implementation", ["xla", "ffi"])
 def test_promise_in_bounds_gives_the_same_for_good_indices(implementation):
     call = call_with([0, 3, 5], C1=B, S=1, cache_mode="contiguous")
     expected = oracle.dequant_rope_quant_kvcache(**call)
@@ -115,7 +115,7 @@ def test_promise_in_bounds_gives_the_same_for_good_indices(implementation):
     oracle.assert_same_bits(result.v_cache, expected[4])
 
 
-@pytest.mark.parametrize("implementation", ["xla"])
+@pytest.mark.parametrize("implementation", ["xla", "ffi"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_subnormals_touch_no_other_row(dtype, implementation):
     """float32 and bfloat16 subnormals may be flushed, so only the other rows are compared."""

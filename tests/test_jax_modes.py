@@ -36,7 +36,7 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize("implementation", ["xla"])
+@pytest.mark.parametrize("implementation", ["xla", "ffi"])
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("mode", MODES)
 def test_mode(mode, name, implementation):
@@ -46,7 +46,7 @@ def test_mode(mode, name, implementation):
             check(name, jax.jit, implementation)
 
 
-@pytest.mark.parametrize("implementation", ["xla"])
+@pytest.mark.parametrize("implementation", ["xla", "ffi"])
 @pytest.mark.parametrize("explicit", [False, True], ids=["auto", "explicit"])
 @pytest.mark.parametrize("name", CALLS)
 def test_mesh(name, explicit, implementation):
@@ -57,7 +57,7 @@ def test_mesh(name, explicit, implementation):
         check(name, jax.jit, implementation)
 
 
-@pytest.mark.parametrize("implementation", ["xla"])
+@pytest.mark.parametrize("implementation", ["xla", "ffi"])
 @pytest.mark.parametrize("under_jit", [False, True], ids=["eager", "jit"])
 @pytest.mark.parametrize("name", CALLS)
 def test_shard_map(name, under_jit, implementation):

@@ -26,7 +26,7 @@ def check(function, form, seed):
                 oracle.assert_same_bits(a, b, f"{form}, draw {draw}: {name}")
 
 
-@pytest.mark.parametrize("implementation", ["xla"])
+@pytest.mark.parametrize("implementation", ["xla", "ffi"])
 @pytest.mark.parametrize("seed", range(NUM_FORMS))
 def test_operator(seed, implementation):
     form = random_calls.draw_form(np.random.default_rng(seed))
