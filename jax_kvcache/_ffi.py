@@ -2,6 +2,7 @@
 
 import ctypes
 import re
+from importlib import metadata
 from pathlib import Path
 
 import jax
@@ -10,7 +11,22 @@ from jax_kvcache import _ascend, _compat
 
 TARGET = "dequant_rope_quant_kvcache"  # the same name on every platform
 NATIVE_PLATFORMS: tuple[str, ...] = ("cpu", *_ascend.PLATFORMS)
-LIBRARY = Path(__file__).parent / "libjax_kvcache.so"
+LIBRARY_NAME = "libjax_kvcache.so"
+
+
+def library_path() -> Path:
+    """The library beside this file, or else that of the installed distribution.
+
+    The two differ when Python starts in a source checkout, which hides the installed package.
+    """
+    beside = Path(__file__).parent / LIBRARY_NAME
+    if beside.exists():
+        return beside
+    try:
+        installed = metadata.distribution("jax-kvcache").locate_file(f"jax_kvcache/{LIBRARY_NAME}")
+    except metadata.PackageNotFoundError:
+        return beside
+    return Path(str(installed)) if Path(str(installed)).exists() else beside
 
 
 def _runtime_ffi_version() -> int | None:
@@ -41,7 +57,7 @@ def _version_conflict(library: ctypes.CDLL) -> str | None:
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
     """The native library, or None and the reason."""
     try:
-        library = ctypes.CDLL(str(LIBRARY))
+        library = ctypes.CDLL(str(library_path()))
     except OSError as error:
         return None, f"the native library cannot be loaded ({error})"
     library.jax_kvcache_simd.restype = ctypes.c_char_p

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-import jax_kvcache
+from jax_kvcache import _ffi
 
 FFI = Path(__file__).parent.parent / "ffi"
 HEADERS = FFI / "standin" / "include"  # written from CANN's documentation
-LIBRARY = Path(jax_kvcache.__file__).parent / "libjax_kvcache.so"
+LIBRARY = _ffi.library_path()
 CXX = os.environ.get("CXX") or shutil.which("g++") or "g++"
 
 OPERATOR = ("aclnnDequantRopeQuantKvcacheGetWorkspaceSize", "aclnnDequantRopeQuantKvcache")

@@ -33,6 +33,8 @@ def run(_: argparse.Namespace) -> None:
     print("devices")
     for device in jax.devices():
         print(f"  {device.platform}:{device.id:<8} {device.device_kind}")
+    print("native library")
+    print(f"  {_ffi.library_path()}")
     print("implementations")
     print(f"  {'xla':12} available on every platform")
     for name in dict.fromkeys((*PLATFORMS, jax.default_backend())):
