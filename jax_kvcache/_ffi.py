@@ -8,8 +8,10 @@ from pathlib import Path
 
 import jax
 
+from jax_kvcache import _ascend, _compat
+
 TARGET = "dequant_rope_quant_kvcache"  # the same name on every platform
-NATIVE_PLATFORMS: tuple[str, ...] = ("cpu",)
+NATIVE_PLATFORMS: tuple[str, ...] = ("cpu", *_ascend.PLATFORMS)
 LIBRARY_NAME = "libjax_kvcache.so"
 
 
@@ -77,6 +79,8 @@ def register(name: str, symbol: str, platform: str) -> None:
 
 if _library is not None:
     register(TARGET, f"{TARGET}_cpu", "cpu")
+    _ascend.register(_library, TARGET)
+_compat.enable_donation(_ascend.PLATFORMS)  # exporting for Ascend needs no library
 
 
 def simd() -> str | None:
@@ -93,6 +97,8 @@ def unavailable(platform: str) -> str | None:
     """Why the native target cannot run on `platform`, or None when it can."""
     if platform not in NATIVE_PLATFORMS:
         return f"there is no native target for platform '{platform}'"
+    if _missing is None and platform in _ascend.PLATFORMS:
+        return _ascend.unavailable()
     return _missing
 
 
@@ -103,4 +109,8 @@ def refusal(platform: str, operands) -> str | None:
       platform: the platform that is lowered, for example "cpu".
       operands: the primitive's operands, or their types.
     """
+    if platform not in _ascend.PLATFORMS:
+        return unavailable(platform)
+    if (reason := _ascend.refusal(operands)) or _ascend.plugin() is None:
+        return reason  # without an Ascend device here, the call is lowered for another machine
     return unavailable(platform)

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import jax
+import jax.export
 import jax.numpy as jnp
 
 from jax_kvcache._checks import Call, Sizes, check_call
@@ -18,6 +19,12 @@ class DequantRopeQuantKvcacheResult(NamedTuple):
     v: jax.Array | None
     k_cache: jax.Array
     v_cache: jax.Array
+
+
+# So that an exported function may return it.
+jax.export.register_namedtuple_serialization(
+    DequantRopeQuantKvcacheResult, serialized_name="jax_kvcache.DequantRopeQuantKvcacheResult"
+)
 
 
 def contiguous_rows(indices, S, C2):

@@ -11,7 +11,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jax_kvcache import _ffi
+from jax_kvcache import _ascend, _ffi
 from jax_kvcache._reference import Operands, dequant_rope_quant_kvcache_reference
 
 dequant_rope_quant_kvcache_p = Primitive("dequant_rope_quant_kvcache")
@@ -152,10 +152,12 @@ batching.primitive_batchers[dequant_rope_quant_kvcache_p] = _batch
 # lowering and export take the same road
 
 
-def _native_call(*operands, kv_output, **_):
+def _native_call(*operands, platform, kv_output, **_):
     results = _abstract_eval(
         *map(jax.typeof, operands), kv_output=kv_output, indices_mode="", implementation=None
     )
+    if platform in _ascend.PLATFORMS:
+        operands = _ascend.native_operands(Operands(*operands))
     return jax.ffi.ffi_call(_ffi.TARGET, results, input_output_aliases={3: 3, 4: 4})(
         *operands, kv_output=kv_output
     )
@@ -189,7 +191,7 @@ def _native_lowering(ctx, *operands, platform, implementation, **params):
         platform = " and ".join(ctx.module_context.platforms)
     reason = _ffi.refusal(platform, Operands(*ctx.avals_in))
     if reason is None:
-        return mlir.lower_fun(_native_call)(ctx, *operands, **params)
+        return mlir.lower_fun(_native_call)(ctx, *operands, platform=platform, **params)
     if implementation == "ffi":
         raise NotImplementedError(f'`implementation="ffi"`: {reason}.')
     if platform in _ffi.NATIVE_PLATFORMS:

@@ -8,7 +8,7 @@ import jaxlib
 import numpy as np
 
 import jax_kvcache
-from jax_kvcache import _ffi
+from jax_kvcache import _ascend, _ffi
 
 PLATFORMS = ("cpu", "gpu", "tpu", "ascend")
 
@@ -40,3 +40,6 @@ def run(_: argparse.Namespace) -> None:
     for name in dict.fromkeys((*PLATFORMS, jax.default_backend())):
         reason = _ffi.unavailable(name)
         print(f"  {f'ffi, {name}':12} {f'not available: {reason}' if reason else 'available'}")
+    print("ascend")
+    for name, text in _ascend.report().items():
+        print(f"  {name}: {text}")

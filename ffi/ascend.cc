@@ -1,0 +1,166 @@
+// Owns the FFI handler for Ascend: one call of CANN's operator on XLA's buffers, in place, enqueued
+// on XLA's stream.  Device memory is never read or written from the host, which never waits.
+#include <optional>
+#include <utility>
+
+#include "cann_binding.h"
+#include "cann_session.h"
+#include "canonical.h"
+#include "xla_call.h"
+
+namespace jax_kvcache {
+namespace {
+
+namespace ffi = xla::ffi;
+
+// Vector accesses of the NPU are aligned to 32 bytes and CANN's own allocator to 512.
+constexpr size_t kWorkspaceAlignment = 512;
+
+std::optional<cann::DataType> AclDataType(DType dtype) {
+  switch (dtype) {
+    case DType::kS8:
+      return cann::kInt8;
+    case DType::kS32:
+      return cann::kInt32;
+    case DType::kF16:
+      return cann::kFloat16;
+    case DType::kF32:
+      return cann::kFloat;
+    case DType::kBF16:
+      return cann::kBf16;
+  }
+  return std::nullopt;
+}
+
+ffi::Error Refuse(const std::string& what) {
+  return ffi::Error::InvalidArgument(std::string(kOperator) + ": " + what);
+}
+
+// What the operator cannot be asked: the lowering asks nothing of it, another caller might.
+ffi::Error CheckOperator(const Shape& shape) {
+  if (shape.table == DType::kF32) {
+    return Refuse("`cos` must have dtype float16 or bfloat16 on Ascend, got float32.");
+  }
+  if (!shape.SharesParameters()) {
+    return Refuse(
+        "scales, offsets and `bias` must be shared by all groups on Ascend, where the "
+        "operator takes one of each.");
+  }
+  if (shape.groups > INT32_MAX / shape.rows || shape.groups > INT64_MAX / shape.tokens) {
+    return Refuse("the caches must have at most 2147483647 rows in all on Ascend, got " +
+                  std::to_string(shape.groups) + " groups of " + std::to_string(shape.rows) + ".");
+  }
+  return ffi::Error::Success();
+}
+
+// Describes a checked call to CANN in page mode, with all groups in one, and asks for its
+// workspace.  Flattening happens in these descriptors: no buffer is copied or reshaped.
+uint64_t Describe(const cann::Api& api, const Call& call, const Shape& s, cann::Session* session) {
+  const int64_t tokens = s.groups * s.tokens;
+  const int64_t hidden = s.hidden();
+  const int64_t block = call.args[kKCache].dims[call.args[kKCache].rank - 3];
+  const int64_t blocks = s.groups * s.rows / block;
+  const auto arg = [&](Arg i, std::initializer_list<int64_t> dims) {
+    return session->Tensor(kArgNames[i], *AclDataType(call.args[i].dtype), dims, call.args[i].data);
+  };
+  const auto optional_arg = [&](bool given, Arg i, std::initializer_list<int64_t> dims) {
+    return given ? arg(i, dims) : nullptr;
+  };
+  const auto ret = [&](Ret i, std::initializer_list<int64_t> dims) {
+    return session->Tensor(kRetNames[i], *AclDataType(s.table), dims, call.rets[i].data);
+  };
+
+  aclTensor* const x = arg(kX, {tokens, hidden});
+  aclTensor* const cos = arg(kCos, {tokens, s.head_dim});
+  aclTensor* const sin = arg(kSin, {tokens, s.head_dim});
+  aclTensor* const k_cache = arg(kKCache, {blocks, block, s.num_kv, s.head_dim});
+  aclTensor* const v_cache = arg(kVCache, {blocks, block, s.num_kv, s.head_dim});
+  aclTensor* const slots = arg(kSlots, {tokens});
+  aclTensor* const scale_k = arg(kScaleK, {s.num_kv, s.head_dim});
+  aclTensor* const scale_v = arg(kScaleV, {s.num_kv, s.head_dim});
+  aclTensor* const offset_k = optional_arg(s.has_offset, kOffsetK, {s.num_kv, s.head_dim});
+  aclTensor* const offset_v = optional_arg(s.has_offset, kOffsetV, {s.num_kv, s.head_dim});
+  aclTensor* const weight_scale = optional_arg(s.x == DType::kS32, kWeightScale, {hidden});
+  aclTensor* const activation_scale =
+      optional_arg(s.has_activation_scale, kActivationScale, {tokens});
+  aclTensor* const bias = optional_arg(s.has_bias, kBias, {hidden});
+  aclTensor* const q = ret(kQOut, {tokens, s.num_q, s.head_dim});
+  aclTensor* const k = s.kv_output ? ret(kKOut, {tokens, s.num_kv, s.head_dim}) : ret(kKOut, {0});
+  aclTensor* const v = s.kv_output ? ret(kVOut, {tokens, s.num_kv, s.head_dim}) : ret(kVOut, {0});
+  const int64_t kv_width = s.num_kv * s.head_dim;
+  aclIntArray* const size_splits =
+      session->IntArray("size_splits", {s.num_q * s.head_dim, kv_width, kv_width});
+  if (!session->ok()) return 0;
+
+  // CANN takes char*, so each call lends it its own.
+  char quant_mode[] = "static";
+  char layout[] = "BSND";
+  char cache_mode[] = "page";
+  uint64_t workspace_size = 0;
+  aclOpExecutor* executor = nullptr;
+  const cann::Status status = api.get_workspace_size(
+      x, cos, sin, k_cache, v_cache, slots, scale_k, scale_v, offset_k, offset_v, weight_scale,
+      activation_scale, bias, size_splits, quant_mode, layout, s.kv_output, cache_mode, q, k, v,
+      &workspace_size, &executor);
+  session->Note("aclnnDequantRopeQuantKvcacheGetWorkspaceSize", status);
+  if (session->ok()) session->Own(executor);
+  return workspace_size;
+}
+
+// A failed call has consumed the caches that its caller donated: XLA's rule.
+ffi::Error Failed(ffi::ErrorCode code, const std::string& what) {
+  return ffi::Error(code, std::string(kOperator) + ": " + what +
+                              " Caches donated to this call are deleted; others are unchanged.");
+}
+
+ffi::Error Run(cann::Stream stream, ffi::ScratchAllocator scratch, ffi::RemainingArgs args,
+               ffi::RemainingRets rets, bool kv_output) {
+  Call call;
+  Shape shape;
+  ffi::Error error = ReadCall(args, rets, kv_output, &call, &shape);
+  if (error.failure()) return error;
+  error = CheckOperator(shape);
+  if (error.failure()) return error;
+
+  const cann::Binding& binding = cann::Bind();
+  if (!binding.ok) return Failed(ffi::ErrorCode::kFailedPrecondition, binding.text);
+
+  cann::Session session(binding.api);
+  const uint64_t workspace_size = Describe(binding.api, call, shape, &session);
+  std::optional<void*> workspace = nullptr;
+  if (session.ok() && workspace_size > 0) {
+    workspace = scratch.Allocate(workspace_size, kWorkspaceAlignment);
+  }
+  if (session.ok() && workspace.has_value()) session.Launch(*workspace, workspace_size, stream);
+  session.Close();
+  if (!workspace.has_value()) {
+    return Failed(ffi::ErrorCode::kResourceExhausted,
+                  "the operator's workspace of " + std::to_string(workspace_size) +
+                      " bytes could not be allocated on the device." +
+                      (session.ok() ? "" : " Then " + session.error()));
+  }
+  if (session.ok()) return ffi::Error::Success();
+  return Failed(
+      session.callers_fault() ? ffi::ErrorCode::kInvalidArgument : ffi::ErrorCode::kInternal,
+      session.error());
+}
+
+}  // namespace
+}  // namespace jax_kvcache
+
+JAX_KVCACHE_EXPORT XLA_FFI_Error* dequant_rope_quant_kvcache_ascend(XLA_FFI_CallFrame* call_frame);
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(dequant_rope_quant_kvcache_ascend, jax_kvcache::Run,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::PlatformStream<jax_kvcache::cann::Stream>>()
+                                  .Ctx<xla::ffi::ScratchAllocator>()
+                                  .RemainingArgs()
+                                  .RemainingRets()
+                                  .Attr<bool>("kv_output"));
+
+// Looks for CANN and points `text` at the files bound (returns 1), or at the reason (returns 0).
+JAX_KVCACHE_EXPORT int jax_kvcache_cann(const char** text) {
+  const jax_kvcache::cann::Binding& binding = jax_kvcache::cann::Bind();
+  *text = binding.text.c_str();
+  return binding.ok ? 1 : 0;
+}

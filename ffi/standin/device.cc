@@ -1,0 +1,175 @@
+// Owns the stand-in's addresses, streams and scratch memory.
+#include "device.h"
+
+#include <algorithm>
+#include <condition_variable>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <map>
+#include <mutex>
+#include <thread>
+#include <utility>
+
+#include "ledger.h"
+
+namespace standin {
+namespace {
+
+constexpr uintptr_t kDeviceBit = uintptr_t{1} << 52;
+constexpr uint8_t kRubbish = 0xA5;
+constexpr size_t kRubbishBytes = 1 << 16;  // filling 16 MiB per call would cost more than the work
+
+thread_local HandlerCall* current_call = nullptr;
+
+}  // namespace
+
+void* ToDevice(void* host) {
+  if (host == nullptr) return nullptr;
+  return reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(host) | kDeviceBit);
+}
+
+void* ToHost(void* device) {
+  return reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(device) & ~kDeviceBit);
+}
+
+bool IsDeviceAddress(const void* address) {
+  return (reinterpret_cast<uintptr_t>(address) & kDeviceBit) != 0;
+}
+
+// An ordered queue with a thread of its own.
+class Stream {
+ public:
+  explicit Stream(int device) : device_(device) {}
+
+  int device() const { return device_; }
+
+  void Push(std::function<void()> work) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (!started_) {
+      started_ = true;
+      std::thread([this] { Run(); }).detach();  // XLA may call until the process ends
+    }
+    queue_.push_back(std::move(work));
+    wake_.notify_one();
+  }
+
+  void Wait() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    idle_.wait(lock, [this] { return queue_.empty() && !busy_; });
+  }
+
+ private:
+  void Run() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (;;) {
+      wake_.wait(lock, [this] { return !queue_.empty(); });
+      const std::function<void()> work = std::move(queue_.front());
+      queue_.pop_front();
+      busy_ = true;
+      lock.unlock();
+      work();
+      lock.lock();
+      busy_ = false;
+      if (queue_.empty()) idle_.notify_all();
+    }
+  }
+
+  const int device_;
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  std::condition_variable idle_;
+  std::deque<std::function<void()>> queue_;
+  bool started_ = false;
+  bool busy_ = false;
+};
+
+namespace {
+
+struct Streams {
+  std::mutex mutex;
+  std::map<int, Stream*> by_device;
+};
+
+Streams& AllStreams() {
+  static Streams* const streams = new Streams;
+  return *streams;
+}
+
+}  // namespace
+
+Stream* StreamOf(int device) {
+  Streams& streams = AllStreams();
+  const std::lock_guard<std::mutex> lock(streams.mutex);
+  Stream*& stream = streams.by_device[device];
+  if (stream == nullptr) stream = new Stream(device);
+  return stream;
+}
+
+Stream* StreamFromHandle(void* handle) {
+  Streams& streams = AllStreams();
+  const std::lock_guard<std::mutex> lock(streams.mutex);
+  for (const auto& [device, stream] : streams.by_device) {
+    if (stream == handle) return stream;
+  }
+  return nullptr;
+}
+
+int DeviceOf(const Stream* stream) { return stream->device(); }
+
+void Enqueue(Stream* stream, std::function<void()> work) {
+  const std::string launch = std::to_string(Ledger::Get().NextLaunch());
+  Ledger::Get().Event("launch " + launch + " on " + std::to_string(stream->device()));
+  std::function<void()> logged = [launch, work = std::move(work)] {
+    Ledger::Get().Event("execute " + launch);
+    work();
+  };
+  if (HandlerCall* call = HandlerCall::Current()) {
+    call->Defer({stream, launch, std::move(logged)});
+  } else {
+    stream->Push(std::move(logged));
+  }
+}
+
+HandlerCall::HandlerCall() : outer_(current_call) { current_call = this; }
+
+HandlerCall::~HandlerCall() { current_call = outer_; }
+
+HandlerCall* HandlerCall::Current() { return current_call; }
+
+void HandlerCall::Defer(Job job) { jobs_.push_back(std::move(job)); }
+
+void HandlerCall::Finish() {
+  for (Job& job : jobs_) {
+    Ledger::Get().Event("return " + job.launch);
+    job.stream->Push(std::move(job.work));
+  }
+  for (const Job& job : jobs_) job.stream->Wait();
+  jobs_.clear();
+  for (void* host : scratch_) free(host);
+  scratch_.clear();
+}
+
+void* AllocateScratch(size_t size, size_t alignment) {
+  if (Ledger::Get().Enter("scratch") != 0) return nullptr;
+  alignment = std::max<size_t>(alignment, 64);
+  size = std::max<size_t>((size + alignment - 1) / alignment * alignment, alignment);
+  void* const host = aligned_alloc(alignment, size);
+  if (host == nullptr) return nullptr;
+  memset(host, kRubbish, std::min(size, kRubbishBytes));
+  Ledger::Get().Created("scratch", host);
+  return ToDevice(host);
+}
+
+void FreeScratch(void* device) {
+  void* const host = ToHost(device);
+  if (!Ledger::Get().Destroyed("scratch", host)) return;
+  if (HandlerCall* call = HandlerCall::Current()) {
+    call->FreeLater(host);
+  } else {
+    free(host);
+  }
+}
+
+}  // namespace standin

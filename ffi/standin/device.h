@@ -1,0 +1,64 @@
+// Owns the pretend hardware: device addresses that the host cannot use, and asynchronous streams.
+#ifndef JAX_KVCACHE_STANDIN_DEVICE_H_
+#define JAX_KVCACHE_STANDIN_DEVICE_H_
+
+#include <cstddef>
+#include <functional>
+#include <string>
+#include <vector>
+
+namespace standin {
+
+// A device address is the host address with bit 52 set, which faults when the host follows it on
+// x86-64 and on AArch64 (whose bits 56 to 63 would be ignored).
+void* ToDevice(void* host);
+void* ToHost(void* device);
+bool IsDeviceAddress(const void* address);
+
+class Stream;
+
+// The one stream of a device.
+Stream* StreamOf(int device);
+// Null unless `handle` is a stream of this process.
+Stream* StreamFromHandle(void* handle);
+int DeviceOf(const Stream* stream);
+
+// Enqueues work.  Inside a handler's call it starts when the handler has returned: the latest start
+// that a device may choose, so that nothing works only because the host was slow.
+void Enqueue(Stream* stream, std::function<void()> work);
+
+// One handler call on this thread, as the plugin sees it.
+class HandlerCall {
+ public:
+  HandlerCall();
+  ~HandlerCall();
+  HandlerCall(const HandlerCall&) = delete;
+  HandlerCall& operator=(const HandlerCall&) = delete;
+
+  // Null outside a handler.
+  static HandlerCall* Current();
+
+  // Starts what the call enqueued and waits for it, then frees its scratch memory.
+  void Finish();
+
+  struct Job {
+    Stream* stream;
+    std::string launch;
+    std::function<void()> work;
+  };
+  void Defer(Job job);
+  void FreeLater(void* host) { scratch_.push_back(host); }
+
+ private:
+  HandlerCall* outer_;
+  std::vector<Job> jobs_;
+  std::vector<void*> scratch_;
+};
+
+// Scratch memory full of rubbish, as a device's is; null if a failure was injected.
+void* AllocateScratch(size_t size, size_t alignment);
+void FreeScratch(void* device);
+
+}  // namespace standin
+
+#endif  // JAX_KVCACHE_STANDIN_DEVICE_H_

@@ -1,0 +1,45 @@
+// Owns what an executor holds between the operator's two calls.
+#ifndef JAX_KVCACHE_STANDIN_EXECUTOR_H_
+#define JAX_KVCACHE_STANDIN_EXECUTOR_H_
+
+#include <cstdint>
+
+#include "objects.h"
+
+namespace standin {
+
+// The operator's tensors, in the order of its parameters.
+enum Operand : int {
+  kX,
+  kCos,
+  kSin,
+  kKCache,
+  kVCache,
+  kIndices,
+  kScaleK,
+  kScaleV,
+  kOffsetK,
+  kOffsetV,
+  kWeightScale,
+  kActivationScale,
+  kBias,
+  kQOut,
+  kKOut,
+  kVOut,
+  kNumOperands,
+};
+
+inline constexpr const char* kOperandNames[kNumOperands] = {
+    "x",       "cos",     "sin",      "k_cache",  "v_cache",      "indices",
+    "scale_k", "scale_v", "offset_k", "offset_v", "weight_scale", "activation_scale",
+    "bias",    "q",       "k",        "v"};
+
+}  // namespace standin
+
+struct aclOpExecutor {
+  const aclTensor* tensors[standin::kNumOperands];  // null where absent
+  bool kv_output;
+  bool repeatable;
+};
+
+#endif  // JAX_KVCACHE_STANDIN_EXECUTOR_H_

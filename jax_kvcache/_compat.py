@@ -1,0 +1,60 @@
+"""The few things from JAX's private modules, each with its reason; guarded by tests/test_compat.py.
+
+Written against JAX 0.10.2 and 0.12.
+"""
+
+from typing import Any
+
+from jax._src import xla_bridge
+from jax._src.interpreters import mlir
+from jaxlib import xla_client
+
+
+def enable_donation(platforms) -> None:
+    """Lets `platforms` donate buffers.
+
+    JAX ignores donation with a warning on platforms that it does not know, so a cache would be
+    copied at every step, and refuses to export a donating function for a mix of platforms.
+    """
+    known = mlir._platforms_with_donation
+    known.extend(platform for platform in platforms if platform not in known)
+
+
+def initialized_backends() -> dict[str, str]:
+    """The platform name of each initialised backend, by plugin name; initialises none.
+
+    Asking JAX for its devices would initialise every backend, which deciding how to lower a
+    function for another machine must not do.
+    """
+    return {name: client.platform for name, client in xla_bridge._backends.items()}
+
+
+def plugin_api(plugin: str) -> Any | None:
+    """The capsule of a registered plugin's PJRT_Api, or None."""
+    registration = xla_bridge._backend_factories.get(plugin)
+    return None if registration is None else registration.c_api
+
+
+def on_plugins_discovered(callback) -> None:
+    """Calls `callback(c_api=...)` for each plugin when JAX has discovered them, or now."""
+    xla_bridge.register_plugin_callbacks(callback)
+
+
+def has_custom_call_handler(platform: str) -> bool:
+    """Whether a plugin takes FFI targets for `platform` through `jax.ffi`; else they only queue."""
+    return platform in xla_client._custom_callback_handler
+
+
+def register_custom_call_handler(platform: str, handler) -> None:
+    """What a plugin does to take FFI targets through `jax.ffi`."""
+    xla_client.register_custom_call_handler(platform, handler)
+
+
+def register_plugin(name: str, library_path: str, options: dict[str, Any]) -> None:
+    """Registers a PJRT plugin as the default backend."""
+    xla_bridge.register_plugin(name, priority=500, library_path=library_path, options=options)
+
+
+def backends_are_initialized() -> bool:
+    """Whether it is too late to register a plugin."""
+    return xla_bridge.backends_are_initialized()
