@@ -45,7 +45,7 @@ class ErrorReport(NamedTuple):
 )
 @dataclasses.dataclass(frozen=True)
 class ErrorObserver:
-    """Streaming errors of the operator's codes per channel; values that are not finite are left out.
+    """Streaming errors of the operator's codes per channel, over the finite values.
 
     Attributes:
       signal, noise: [*channels] float32 sums of squares.

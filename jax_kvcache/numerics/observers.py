@@ -76,7 +76,7 @@ class Sketch:
     the mantissa, so that filing a value is exact integer work. `quantiles` returns the middle of a
     bucket: within 2**-(precision + 1) of the exact quantile, relative, when that lies in
     [2**exponents[0], 2**exponents[1]); within 2**exponents[0], absolute, below; larger values share
-    one bucket, for which it returns the extreme value seen. Counts are int32: at most 2**31 - 1
+    one bucket, for which it returns the extreme value of that sign seen. Counts are int32: at most 2**31 - 1
     values per channel.
 
     Attributes:
@@ -121,9 +121,7 @@ class Sketch:
         """The observer of the union of what both saw; both have one precision and exponents."""
         mine, theirs = (self.precision, self.exponents), (other.precision, other.exponents)
         if mine != theirs:
-            raise ValueError(
-                f"`other` must have (precision, exponents) = {mine}, got {theirs}."
-            )
+            raise ValueError(f"`other` must have (precision, exponents) = {mine}, got {theirs}.")
         return dataclasses.replace(
             self, range=self.range.merge(other.range), counts=self.counts + other.counts
         )
@@ -160,8 +158,9 @@ class Sketch:
         return (self.exponents[0] + _EXPONENT_BIAS) << self.precision
 
     def _middles(self):
+        """Infinite for the buckets at both ends, which have no middle."""
         low, high = self.edges()
-        return (low + high) / 2
+        return ((low + high) / 2).at[jnp.array([0, -1])].set(jnp.array([-jnp.inf, jnp.inf]))
 
 
 def _upper_quantile(counts, middles, smallest, largest, outside):
@@ -169,8 +168,7 @@ def _upper_quantile(counts, middles, smallest, largest, outside):
     total = jnp.sum(counts, -1, keepdims=True)
     allowed = jnp.floor(jnp.float32(outside) * total.astype(jnp.float32)).astype(jnp.int32)
     bucket = jnp.argmax(total - jnp.cumsum(counts, -1) <= allowed, -1)
-    is_last = bucket == counts.shape[-1] - 1
-    return jnp.where(is_last, largest, jnp.clip(middles[bucket], smallest, largest))
+    return jnp.clip(middles[bucket], smallest, largest)
 
 
 def _is_observer(node):
