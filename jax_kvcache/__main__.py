@@ -4,10 +4,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from jax_kvcache.cli import CommandError, demo, info
+from jax_kvcache.cli import CommandError, calibrate, demo, info
 from jax_kvcache.cli import eval as eval_command
 
-COMMANDS = (demo, eval_command, info)
+COMMANDS = (demo, eval_command, calibrate, info)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,7 +1,9 @@
 """What other number formats make of the same values: each format quantises and dequantises."""
 
 import functools
+from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 
 from jax_kvcache.numerics.calibration import fake_quantize
@@ -44,7 +46,7 @@ float8_e5m2 = functools.partial(_float8, dtype=jnp.float8_e5m2)
 
 # Each maps values [..., Nkv, D] and the channels' static int8 scales [Nkv, D] to what a reader of
 # the cache gets back, float32 [..., Nkv, D].
-FORMATS = {
+FORMATS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "int8 per channel": int8_per_channel,
     "int8 per tensor": int8_per_tensor,
     "int8 per token": int8_per_token,

@@ -99,6 +99,10 @@ class ErrorObserver:
             self.histogram + other.histogram,
         )
 
+    def layer(self, index):
+        """The observer of one entry of the first channel dimension."""
+        return jax.tree.map(lambda leaf: leaf[index], self)
+
     def per_channel(self) -> ErrorReport:
         """The report of each channel."""
         return ErrorReport(

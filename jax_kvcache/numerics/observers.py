@@ -76,8 +76,8 @@ class Sketch:
     the mantissa, so that filing a value is exact integer work. `quantiles` returns the middle of a
     bucket: within 2**-(precision + 1) of the exact quantile, relative, when that lies in
     [2**exponents[0], 2**exponents[1]); within 2**exponents[0], absolute, below; larger values share
-    one bucket, for which it returns the extreme value of that sign seen. Counts are int32: at most 2**31 - 1
-    values per channel.
+    one bucket, for which it returns the extreme value of that sign. Counts are int32: at most
+    2**31 - 1 values per channel.
 
     Attributes:
       range: the `MinMax` of the same values.
