@@ -11,6 +11,7 @@ from jax_kvcache import numerics
 RNG = np.random.default_rng(0)
 VALUES = (RNG.standard_normal((512, 2, 8)) * np.exp2(np.arange(8) - 4)).astype(np.float32)
 SCALE = (np.abs(VALUES).max(0) / 127).astype(np.float32)
+CALIBRATION = numerics.Calibration(jnp.asarray(SCALE), None)
 update = jax.jit(numerics.ErrorObserver.update)
 
 
@@ -56,7 +57,7 @@ def test_largest_error_is_half_a_step_without_saturation():
 
 
 def restored(name):
-    return np.asarray(jax.jit(numerics.FORMATS[name])(VALUES, SCALE))
+    return np.asarray(jax.jit(numerics.FORMATS[name])(VALUES, CALIBRATION))
 
 
 def test_int8_formats():
@@ -68,7 +69,7 @@ def test_int8_formats():
     step = np.abs(VALUES).max(-1, keepdims=True) / 127
     expected = np.rint(VALUES / step) * step
     np.testing.assert_allclose(restored("int8 per token"), expected, atol=1e-6 * step.max())
-    zeros = numerics.FORMATS["int8 per token"](jnp.zeros((1, 2, 8)), SCALE)
+    zeros = numerics.FORMATS["int8 per token"](jnp.zeros((1, 2, 8)), CALIBRATION)
     np.testing.assert_array_equal(zeros, 0)
 
 
@@ -88,7 +89,7 @@ def test_int4_has_sixteen_codes_over_the_same_range():
 )
 def test_float8_is_a_clamped_cast(name, dtype, largest):
     values = np.array([[[0.3, -17, 447, 470, 6e4, -1e9, np.inf, 2.0**-9]]], np.float32)
-    got = np.asarray(jax.jit(numerics.FORMATS[name])(values, SCALE))
+    got = np.asarray(jax.jit(numerics.FORMATS[name])(values, CALIBRATION))
     expected = np.clip(values, -largest, largest).astype(dtype).astype(np.float32)
     np.testing.assert_array_equal(got, expected)
     assert np.isfinite(got).all()

@@ -1,6 +1,8 @@
 """`python -m jax_kvcache calibrate FILE...`: scales for the demo model's cache from any text."""
 
 import argparse
+import os
+import pathlib
 
 import jax
 import numpy as np
@@ -42,6 +44,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Observes, calibrates, measures, writes."""
     texts = [read_file(path) for path in arguments.files]
+    for path in filter(None, (arguments.out, arguments.plot)):
+        _check_writable(path)
     pyplot = _load_pyplot() if arguments.plot else None
     model = load_model()
     windows = cut_windows(texts, model.config.context)
@@ -79,6 +83,13 @@ def run(arguments: argparse.Namespace) -> None:
         _plot(pyplot, arguments.plot, seen, calibrations)
 
 
+def _check_writable(path):
+    """Before the work starts, not after it."""
+    folder = pathlib.Path(path).parent
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise CommandError(f"cannot write '{path}': '{folder}' is not a directory to write in.")
+
+
 def _print_table(ranges, calibrations, errors):
     print("layer     max |value|  scale, least .. largest    SQNR  saturated  codes used")
     for layer in range(errors["k"].signal.shape[0]):
@@ -100,11 +111,8 @@ def _save(path, calibrations):
             if value is not None:
                 for layer, row in enumerate(np.asarray(value)):
                     arrays[f"layers.{layer}.{parameter}_{name}"] = row
-    try:
-        with open(path, "wb") as file:  # np.savez would add .npz to a name without it
-            np.savez(file, **arrays)
-    except OSError as error:
-        raise CommandError(f"cannot write '{path}': {error.strerror}.") from error
+    with open(path, "wb") as file:  # np.savez would add .npz to a name without it
+        np.savez(file, **arrays)
 
 
 def _load_pyplot():
@@ -138,11 +146,15 @@ def _plot(pyplot, path, ranges, calibrations):
                 axis.step(x, (code - offset) * scale, "k", where="mid", lw=0.8, label=label)
             axis.set_ylabel(f"layer {layer}\n{name.upper()} value")
         axes[-1, column].set_xlabel("channel (head by head)")
-        axes[0, column].set_title({"k": "K after RoPE", "v": "V"}[name])
-        axes[0, column].legend(loc="upper right", fontsize="small")
+        axes[0, column].set_title({"k": "K after RoPE", "v": "V"}[name], loc="left")
+    for column in range(2):
+        handles, labels = axes[0, column].get_legend_handles_labels()
+        axes[0, column].legend(
+            handles, labels, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, fontsize="small"
+        )
     try:
         figure.savefig(path, dpi=100)
-    except (OSError, ValueError) as error:
+    except ValueError as error:  # a kind of file that matplotlib does not know
         raise CommandError(f"cannot write '{path}': {error}.") from error
     finally:
         pyplot.close(figure)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jax_kvcache.model import forward_float
 from jax_kvcache.model.evaluate import window_nll
-from jax_kvcache.numerics.calibration import Calibration, fake_quantize
+from jax_kvcache.numerics.calibration import Calibration
 from jax_kvcache.numerics.formats import FORMATS
 from jax_kvcache.numerics.measures import divergence
 from jax_kvcache.numerics.observers import observe
@@ -53,32 +53,6 @@ def measure_windows(model, errors, calibrations, tokens, targets):
     return {name: errors[name].update(kv[name], *calibrations[name]) for name in kv}
 
 
-def int8_cache(calibrations):
-    """A `kv_map` for `forward_float`: what an int8 cache with such {"k", "v"} gives back."""
-
-    def kv_map(layer, *kv):
-        result = []
-        for name, values in zip("kv", kv, strict=True):
-            scale, offset = calibrations[name]
-            offset = None if offset is None else offset[layer]
-            result.append(fake_quantize(values, scale[layer], offset).values)
-        return tuple(result)
-
-    return kv_map
-
-
-def format_cache(name, calibrations):
-    """A `kv_map` for `forward_float`: what a cache of a format in `FORMATS` gives back."""
-
-    def kv_map(layer, k, v):
-        return tuple(
-            FORMATS[name](values, calibrations[which].scale[layer])
-            for which, values in (("k", k), ("v", v))
-        )
-
-    return kv_map
-
-
 def own_calibrations(model) -> dict[str, Calibration]:
     """The scales that the model carries."""
     params = model.cache_params
@@ -101,10 +75,27 @@ class Prediction(NamedTuple):
     logits: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames="kv_map")
-def predict(model, tokens, kv_map=None, baseline=None) -> Prediction:
-    """Reads full windows [B, S] through `kv_map` and compares with the baseline's logits."""
-    logits, _, _ = forward_float(model, tokens, table_dtype=jnp.float32, kv_map=kv_map)
+@functools.partial(jax.jit, static_argnames="format")
+def predict(model, tokens, baseline=None, calibrations=None, format=None) -> Prediction:
+    """Reads windows with K and V as a cache of some format gives them back.
+
+    Args:
+      model: see `load_model`.
+      tokens: [B, S] int32 bytes, full windows.
+      baseline: [B, S, vocab] logits to compare with; None for these ones.
+      calibrations: {"k", "v"}: `Calibration` of [L, Nkv, D].
+      format: a name in `FORMATS`; None for a float cache.
+    """
+
+    def kv_map(layer, *kv):
+        return tuple(
+            FORMATS[format](values, jax.tree.map(lambda p: p[layer], calibrations[name]))
+            for name, values in zip("kv", kv, strict=True)
+        )
+
+    logits, _, _ = forward_float(
+        model, tokens, table_dtype=jnp.float32, kv_map=None if format is None else kv_map
+    )
     baseline = logits if baseline is None else baseline
     last = jnp.full(tokens.shape[:1], tokens.shape[1] - 1, jnp.int32)
     return Prediction(
