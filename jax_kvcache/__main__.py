@@ -4,10 +4,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from jax_kvcache.cli import CommandError, bench, demo, info
+from jax_kvcache.cli import CommandError, bench, calibrate, demo, info
 from jax_kvcache.cli import eval as eval_command
 
-COMMANDS = (bench, demo, eval_command, info)
+COMMANDS = (demo, eval_command, calibrate, bench, info)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,160 @@
+"""`python -m jax_kvcache calibrate FILE...`: scales for the demo model's cache from any text."""
+
+import argparse
+import os
+import pathlib
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from jax_kvcache import numerics
+from jax_kvcache.cli import CommandError, read_file
+from jax_kvcache.model import load_model
+from jax_kvcache.model.evaluate import cut_windows
+from jax_kvcache.numerics import demo_model
+
+_COLORS = {"k": "#0072B2", "v": "#D55E00"}  # Okabe-Ito: blue, vermilion
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Adds the command."""
+    parser = subparsers.add_parser(
+        "calibrate",
+        help="scales for the demo model's cache, from any text",
+        description="Reads the files in windows of 256 bytes, observes K (after RoPE) and V of "
+        "every channel, writes scales that `demo` and `eval` take with --scales, and prints what "
+        "they cost on the same text.",
+    )
+    parser.add_argument("files", nargs="+", metavar="FILE", help="any text; Python suits the model")
+    parser.add_argument("--out", required=True, metavar="FILE", help="the .npz file to write")
+    parser.add_argument(
+        "--method", choices=numerics.METHODS, default="absmax", help="(default: absmax)"
+    )
+    parser.add_argument(
+        "--asymmetric", action="store_true", help="with offsets; not for absmax (see minmax)"
+    )
+    parser.add_argument(
+        "--percentile", type=float, default=99.99, help="share that fits (default: 99.99)"
+    )
+    parser.add_argument("--plot", metavar="FILE", help="write a figure of the channels")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Observes, calibrates, measures, writes."""
+    texts = [read_file(path) for path in arguments.files]
+    for path in filter(None, (arguments.out, arguments.plot)):
+        _check_writable(path)
+    pyplot = _load_pyplot() if arguments.plot else None
+    model = load_model()
+    windows = cut_windows(texts, model.config.context)
+    if not windows.targets.any():
+        raise CommandError("the text must have at least 2 bytes, got fewer.")
+    channels = demo_model.channels(model)
+
+    def batches(description):
+        pairs = zip(*windows, strict=True)
+        return tqdm(pairs, desc=description, unit="batch", total=len(windows.tokens))
+
+    kind = numerics.MinMax if arguments.method in ("absmax", "minmax") else numerics.Sketch
+    observers = {name: kind.create(channels) for name in "kv"}
+    try:
+        how = dict(
+            method=arguments.method,
+            symmetric=not arguments.asymmetric,
+            percentile=arguments.percentile,
+        )
+        numerics.calibrate(observers, **how)  # a wrong choice shows before the work starts
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+    for tokens, targets in batches("observe"):
+        observers = demo_model.observe_windows(model, observers, tokens, targets)
+        jax.block_until_ready(observers)  # so that the bar shows work done
+    calibrations = numerics.calibrate(observers, **how)
+    errors = {name: numerics.ErrorObserver.create(channels) for name in "kv"}
+    for tokens, targets in batches("measure"):
+        errors = demo_model.measure_windows(model, errors, calibrations, tokens, targets)
+        jax.block_until_ready(errors)
+    seen = {n: o.range if isinstance(o, numerics.Sketch) else o for n, o in observers.items()}
+    _print_table(seen, calibrations, errors)
+    _save(arguments.out, calibrations)
+    if pyplot is not None:
+        _plot(pyplot, arguments.plot, seen, calibrations)
+
+
+def _check_writable(path):
+    """Before the work starts, not after it."""
+    folder = pathlib.Path(path).parent
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise CommandError(f"cannot write '{path}': '{folder}' is not a directory to write in.")
+
+
+def _print_table(ranges, calibrations, errors):
+    print("layer     max |value|  scale, least .. largest    SQNR  saturated  codes used")
+    for layer in range(errors["k"].signal.shape[0]):
+        for name in "kv":
+            largest = float(ranges[name].absolute_maximum()[layer].max())
+            scale = np.asarray(calibrations[name].scale[layer])
+            report = errors[name].layer(layer).total()
+            print(
+                f"{layer:5} {name}  {largest:13.2f}  {scale.min():9.5f} .. {scale.max():9.5f}  "
+                f"{float(report.sqnr):6.1f} dB  {float(report.saturation_rate):8.3%}  "
+                f"{float(report.code_usage):10.1%}"
+            )
+
+
+def _save(path, calibrations):
+    arrays = {}
+    for name, calibration in calibrations.items():
+        for parameter, value in calibration._asdict().items():
+            if value is not None:
+                for layer, row in enumerate(np.asarray(value)):
+                    arrays[f"layers.{layer}.{parameter}_{name}"] = row
+    with open(path, "wb") as file:  # np.savez would add .npz to a name without it
+        np.savez(file, **arrays)
+
+
+def _load_pyplot():
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise CommandError("`--plot` needs matplotlib: pip install 'jax-kvcache[plot]'.") from error
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _plot(pyplot, path, ranges, calibrations):
+    """A panel per layer and tensor: each channel's range as seen, and as the codes reach."""
+    layers = calibrations["k"].scale.shape[0]
+    figure, axes = pyplot.subplots(
+        layers, 2, figsize=(10, 1.9 * layers), sharex=True, layout="constrained", squeeze=False
+    )
+    for column, name in enumerate("kv"):
+        seen = ranges[name]
+        for layer, axis in enumerate(axes[:, column]):
+            scale, offset = (
+                0.0 if p is None else np.asarray(p[layer]).reshape(-1) for p in calibrations[name]
+            )
+            low, high = (np.asarray(a[layer]).reshape(-1) for a in (seen.low, seen.high))
+            x = np.arange(low.size)
+            axis.bar(x, high - low, bottom=low, width=1, color=_COLORS[name], label="seen")
+            for code in (-128, 127):
+                label = "first and last code" if code < 0 else None
+                axis.step(x, (code - offset) * scale, "k", where="mid", lw=0.8, label=label)
+            axis.set_ylabel(f"layer {layer}\n{name.upper()} value")
+        axes[-1, column].set_xlabel("channel (head by head)")
+        axes[0, column].set_title({"k": "K after RoPE", "v": "V"}[name], loc="left")
+    for column in range(2):
+        handles, labels = axes[0, column].get_legend_handles_labels()
+        axes[0, column].legend(
+            handles, labels, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, fontsize="small"
+        )
+    try:
+        figure.savefig(path, dpi=100)
+    except ValueError as error:  # a kind of file that matplotlib does not know
+        raise CommandError(f"cannot write '{path}': {error}.") from error
+    finally:
+        pyplot.close(figure)

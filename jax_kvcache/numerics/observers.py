@@ -1,0 +1,185 @@
+"""Streaming observers of K and V channels: the little that calibration keeps of what it has seen.
+
+An observer is a pytree; its channels are the trailing dimensions of the values it observes (for a
+cache [Nkv, D], for the layers of a model [L, Nkv, D]). Values that are not finite are left out, so
+a padded token is left out by filling it with NaN. Merging two observers equals, to the bit,
+observing the union of what they saw, in any order.
+"""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+_MANTISSA_BITS, _EXPONENT_BIAS = 23, 127  # of float32
+
+
+def _tokens_first(values, channels):
+    """[N, *channels] float32."""
+    rank = len(channels)
+    if values.ndim < rank or values.shape[values.ndim - rank :] != tuple(channels):
+        raise ValueError(
+            f"`values` must have the trailing dimensions {list(channels)}, got "
+            f"{list(values.shape)}."
+        )
+    return values.reshape(-1, *channels).astype(jnp.float32)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["low", "high"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class MinMax:
+    """Smallest and largest value of each channel; `absolute_maximum` follows from them.
+
+    Attributes:
+      low: [*channels] float32; inf for a channel that was never observed.
+      high: [*channels] float32; -inf for a channel that was never observed.
+    """
+
+    low: jax.Array
+    high: jax.Array
+
+    @classmethod
+    def create(cls, channels):
+        """An observer of values [..., *channels] that has seen nothing."""
+        return cls(jnp.full(channels, jnp.inf), jnp.full(channels, -jnp.inf))
+
+    def update(self, values):
+        """The observer that has also seen `values` [..., *channels], of any float dtype."""
+        values = _tokens_first(values, self.low.shape)
+        finite = jnp.isfinite(values)
+        return MinMax(
+            jnp.minimum(self.low, jnp.min(values, 0, initial=jnp.inf, where=finite)),
+            jnp.maximum(self.high, jnp.max(values, 0, initial=-jnp.inf, where=finite)),
+        )
+
+    def merge(self, other):
+        """The observer of the union of what both saw."""
+        return MinMax(jnp.minimum(self.low, other.low), jnp.maximum(self.high, other.high))
+
+    def absolute_maximum(self):
+        """[*channels] float32; -inf for a channel that was never observed."""
+        return jnp.maximum(-self.low, self.high)
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["range", "counts"],
+    meta_fields=["precision", "exponents"],
+)
+@dataclasses.dataclass(frozen=True)
+class Sketch:
+    """Histogram of each channel with buckets of constant relative width, in bounded memory.
+
+    A bucket is the set of numbers that share sign, exponent and the leading `precision` bits of
+    the mantissa, so that filing a value is exact integer work. `quantiles` returns the middle of a
+    bucket: within 2**-(precision + 1) of the exact quantile, relative, when that lies in
+    [2**exponents[0], 2**exponents[1]); within 2**exponents[0], absolute, below; larger values share
+    one bucket, for which it returns the extreme value of that sign. Counts are int32: at most
+    2**31 - 1 values per channel.
+
+    Attributes:
+      range: the `MinMax` of the same values.
+      counts: [*channels, 2 * n] int32 from the most negative bucket to the most positive one,
+        n = (exponents[1] - exponents[0]) * 2**precision + 1.
+      precision: mantissa bits kept.
+      exponents: powers of two between which the relative error holds.
+    """
+
+    range: MinMax
+    counts: jax.Array
+    precision: int
+    exponents: tuple[int, int]
+
+    @classmethod
+    def create(cls, channels, precision=5, exponents=(-14, 16)):
+        """An observer of values [..., *channels] that has seen nothing; 7.5 KiB per channel."""
+        half = ((exponents[1] - exponents[0]) << precision) + 1
+        counts = jnp.zeros((*channels, 2 * half), jnp.int32)
+        return cls(MinMax.create(channels), counts, precision, tuple(exponents))
+
+    def update(self, values):
+        """The observer that has also seen `values` [..., *channels], of any float dtype."""
+        channels = self.counts.shape[:-1]
+        values = _tokens_first(values, channels)
+        half = self.counts.shape[-1] // 2
+        bits = lax.bitcast_convert_type(jnp.abs(values), jnp.int32)
+        magnitude = (bits >> (_MANTISSA_BITS - self.precision)) - self._first_bucket()
+        magnitude = jnp.clip(magnitude, 0, half - 1)
+        bucket = jnp.where(values < 0, half - 1 - magnitude, half + magnitude)
+        bucket = bucket.reshape(len(values), -1)
+        flat = self.counts.reshape(-1, 2 * half)
+        flat = flat.at[jnp.arange(len(flat))[None, :], bucket].add(
+            jnp.isfinite(values).reshape(bucket.shape).astype(jnp.int32)
+        )
+        return dataclasses.replace(
+            self, range=self.range.update(values), counts=flat.reshape(self.counts.shape)
+        )
+
+    def merge(self, other):
+        """The observer of the union of what both saw; both have one precision and exponents."""
+        mine, theirs = (self.precision, self.exponents), (other.precision, other.exponents)
+        if mine != theirs:
+            raise ValueError(f"`other` must have (precision, exponents) = {mine}, got {theirs}.")
+        return dataclasses.replace(
+            self, range=self.range.merge(other.range), counts=self.counts + other.counts
+        )
+
+    def quantiles(self, outside):
+        """The range that leaves the share `outside` of the values beyond each of its ends.
+
+        Args:
+          outside: in [0, 1); floor(float32(outside) * count) values may lie beyond each end.
+
+        Returns:
+          low, high: [*channels] float32; inf and -inf for a channel that was never observed.
+        """
+        seen, middles = self.range, self._middles()
+        low = -_upper_quantile(self.counts[..., ::-1], middles, -seen.high, -seen.low, outside)
+        return low, _upper_quantile(self.counts, middles, seen.low, seen.high, outside)
+
+    def magnitude_quantile(self, outside):
+        """[*channels] float32: the share `outside` of the absolute values lies beyond it."""
+        half = self.counts.shape[-1] // 2
+        counts = self.counts[..., half:] + self.counts[..., :half][..., ::-1]
+        middles, largest = self._middles()[half:], self.range.absolute_maximum()
+        return _upper_quantile(counts, middles, jnp.zeros_like(largest), largest, outside)
+
+    def edges(self):
+        """Lower and upper edge of each bucket, [2 * n] float32 each."""
+        half = self.counts.shape[-1] // 2
+        bits = (jnp.arange(half + 1) + self._first_bucket()) << (_MANTISSA_BITS - self.precision)
+        edges = lax.bitcast_convert_type(bits.astype(jnp.int32), jnp.float32).at[0].set(0.0)
+        low, high = edges[:-1], edges[1:]
+        return jnp.concatenate([-high[::-1], low]), jnp.concatenate([-low[::-1], high])
+
+    def _first_bucket(self):
+        return (self.exponents[0] + _EXPONENT_BIAS) << self.precision
+
+    def _middles(self):
+        """Infinite for the buckets at both ends, which have no middle."""
+        low, high = self.edges()
+        return ((low + high) / 2).at[jnp.array([0, -1])].set(jnp.array([-jnp.inf, jnp.inf]))
+
+
+def _upper_quantile(counts, middles, smallest, largest, outside):
+    """Middle of the lowest bucket with at most the share `outside` of the values above it."""
+    total = jnp.sum(counts, -1, keepdims=True)
+    allowed = jnp.floor(jnp.float32(outside) * total.astype(jnp.float32)).astype(jnp.int32)
+    bucket = jnp.argmax(total - jnp.cumsum(counts, -1) <= allowed, -1)
+    return jnp.clip(middles[bucket], smallest, largest)
+
+
+def _is_observer(node):
+    return isinstance(node, MinMax | Sketch)
+
+
+def observe(observers, values):
+    """Updates a pytree of observers with a pytree of values of the same structure."""
+    return jax.tree.map(lambda o, v: o.update(v), observers, values, is_leaf=_is_observer)
+
+
+def merge(observers, others):
+    """Merges two pytrees of observers, as of several hosts: the union of what they saw."""
+    return jax.tree.map(lambda o, p: o.merge(p), observers, others, is_leaf=_is_observer)
