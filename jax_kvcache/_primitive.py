@@ -9,9 +9,12 @@ import jax.numpy as jnp
 from jax import core, lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from jax_kvcache import _ffi
+from jax_kvcache._compat import requires_devices_during_lowering
+from jax_kvcache._layout import PER_GROUP, layout_of, mesh_of, result_specs
+from jax_kvcache._partition import partitioned
 from jax_kvcache._reference import Operands, dequant_rope_quant_kvcache_reference
 
 dequant_rope_quant_kvcache_p = Primitive("dequant_rope_quant_kvcache")
@@ -20,9 +23,6 @@ dequant_rope_quant_kvcache_p.multiple_results = True
 # Carries a call to one platform's native target, or refuses it, when that platform is lowered.
 _native_p = Primitive("dequant_rope_quant_kvcache_native")
 _native_p.multiple_results = True
-
-# Operands with the group dimensions in full; the others are parameters that groups may share.
-_PER_GROUP = ("x", "cos", "sin", "k_cache", "v_cache", "slots", "activation_scale")
 
 
 def dequant_rope_quant_kvcache_canonical(
@@ -69,29 +69,21 @@ def _dtype_rule(ops: Operands):
     return ops.cos.dtype, ops.cos.dtype, ops.cos.dtype, ops.k_cache.dtype, ops.v_cache.dtype
 
 
-def _spec_rule(ops: Any, kv_output: bool):
-    """Partition specs of the results: tokens as in x, heads as in the cache."""
-    tokens = tuple(ops.x.sharding.spec)[:-1]
-    cache = ops.k_cache.sharding.spec
-    rows = (*tokens, *tuple(cache)[-2:])
-    kv = rows if kv_output else (None,)
-    return rows, kv, kv, cache, ops.v_cache.sharding.spec
-
-
 def _abstract_eval(*avals, kv_output, indices_mode, implementation):
     ops: Any = Operands(*avals)
     shapes, dtypes = _shape_rule(ops, kv_output), _dtype_rule(ops)
-    meshes = [a.sharding.mesh for a in avals if not a.sharding.mesh.empty]
-    if not meshes:
+    mesh = mesh_of(avals)
+    if mesh.empty:
         return [core.ShapedArray(s, d) for s, d in zip(shapes, dtypes, strict=True)]
+    specs = result_specs(layout_of(mesh, ops), kv_output)
     return [
         core.ShapedArray(
             shape,
             dtype,
-            sharding=NamedSharding(meshes[0], PartitionSpec(*spec)),
+            sharding=NamedSharding(mesh, spec),
             manual_axis_type=ops.x.manual_axis_type,
         )
-        for shape, dtype, spec in zip(shapes, dtypes, _spec_rule(ops, kv_output), strict=True)
+        for shape, dtype, spec in zip(shapes, dtypes, specs, strict=True)
     ]
 
 
@@ -136,7 +128,7 @@ def _batch(operands, dims, **params):
             return jnp.moveaxis(operand, dim, 0)
         if operand.shape == (0,):  # an absent optional
             return operand
-        if name in _PER_GROUP:
+        if name in PER_GROUP:
             return jnp.broadcast_to(operand, (size, *operand.shape))
         return jnp.expand_dims(operand, 0)
 
@@ -169,18 +161,7 @@ _native_p.def_abstract_eval(_native_abstract_eval)
 
 
 def _xla_call(*operands, **params):
-    """The reference; on a mesh with explicit axes XLA's partitioner works out the inside."""
-    types = _abstract_eval(*map(jax.typeof, operands), implementation="xla", **params)
-    shardings = tuple(t.sharding for t in types)
-    mesh = shardings[0].mesh
-    call = functools.partial(dequant_rope_quant_kvcache_reference, **params)
-    explicit = {
-        n for n, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == AxisType.Explicit
-    }
-    if not explicit:
-        return call(*operands)
-    with jax.sharding.use_abstract_mesh(mesh):
-        return jax.sharding.auto_axes(call, axes=tuple(explicit), out_sharding=shardings)(*operands)
+    return list(dequant_rope_quant_kvcache_reference(*operands, **params))
 
 
 def _native_lowering(ctx, *operands, platform, implementation, **params):
@@ -204,8 +185,9 @@ mlir.register_lowering(_native_p, _native_lowering)
 
 
 def _call_on_platform(*operands, implementation, **params):
+    """The call of one device, on whichever platform is lowered."""
     if implementation == "xla":
-        return list(_xla_call(*operands, **params))
+        return _xla_call(*operands, **params)
 
     def branch(platform):
         return functools.partial(
@@ -216,4 +198,10 @@ def _call_on_platform(*operands, implementation, **params):
     return lax.platform_dependent(*operands, default=branch(None), **branches)
 
 
-mlir.register_lowering(dequant_rope_quant_kvcache_p, mlir.lower_fun(_call_on_platform))
+def _lowering(ctx, *operands, **params):
+    one_device = functools.partial(_call_on_platform, **params)
+    return mlir.lower_fun(partitioned(ctx, one_device, params["kv_output"]))(ctx, *operands)
+
+
+requires_devices_during_lowering(dequant_rope_quant_kvcache_p)
+mlir.register_lowering(dequant_rope_quant_kvcache_p, _lowering)
