@@ -3,6 +3,8 @@
 import math
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
+from jax import lax
 from jax.sharding import PartitionSpec
 
 from jax_kvcache._reference import Operands
@@ -147,3 +149,29 @@ def sharding_rule(ops: Any, kv_output: bool):
     results = [[*tokens, q_heads, next(unshared)], kv, kv, cache, cache]
     text = [", ".join(" ".join(f) for f in side) for side in (operands, results)]
     return " -> ".join(text), sizes
+
+
+def own_slots(slots, row_dims, axes, sizes):
+    """Slots of the whole cache as slots of this device's shard, -1 for those of other shards.
+
+    Args:
+      slots: int32, flat row numbers over the whole cache's row dimensions.
+      row_dims: the shard's row dimensions.
+      axes: the mesh axes of each row dimension.
+      sizes: the number of shards of each row dimension.
+
+    Returns:
+      int32, flat row numbers over `row_dims`, or -1.
+    """
+    valid, rest = slots >= 0, slots
+    own, stride = jnp.zeros_like(slots), jnp.int32(1)
+    for i in reversed(range(len(row_dims))):
+        size = jnp.asarray(row_dims[i], jnp.int32)
+        # the major dimension keeps what is past the end, and loses it below
+        coordinate = rest % (size * sizes[i]) if i else rest
+        rest = rest // (size * sizes[i])
+        if axes[i]:
+            coordinate = coordinate - lax.axis_index(axes[i]) * size
+        valid = valid & (coordinate >= 0) & (coordinate < size)
+        own, stride = own + coordinate * stride, stride * size
+    return jnp.where(valid, own, jnp.full_like(own, -1))

@@ -19,6 +19,7 @@ from jax_kvcache._layout import (
     mesh_of,
     num_shards,
     operand_specs,
+    own_slots,
     result_specs,
     sharding_rule,
 )
@@ -51,32 +52,6 @@ def _own_heads(ops: Operands, axes: Axes, shards: int) -> Operands:
         )
 
     return ops._replace(x=own(ops.x), weight_scale=own(ops.weight_scale), bias=own(ops.bias))
-
-
-def own_slots(slots, row_dims, axes, sizes):
-    """Slots of the whole cache as slots of this device's shard, -1 for those of other shards.
-
-    Args:
-      slots: int32, flat row numbers over the whole cache's row dimensions.
-      row_dims: the shard's row dimensions.
-      axes: the mesh axes of each row dimension.
-      sizes: the number of shards of each row dimension.
-
-    Returns:
-      int32, flat row numbers over `row_dims`, or -1.
-    """
-    valid, rest = slots >= 0, slots
-    own, stride = jnp.zeros_like(slots), jnp.int32(1)
-    for i in reversed(range(len(row_dims))):
-        size = jnp.asarray(row_dims[i], jnp.int32)
-        # the major dimension keeps what is past the end, and loses it below
-        coordinate = rest % (size * sizes[i]) if i else rest
-        rest = rest // (size * sizes[i])
-        if axes[i]:
-            coordinate = coordinate - lax.axis_index(axes[i]) * size
-        valid = valid & (coordinate >= 0) & (coordinate < size)
-        own, stride = own + coordinate * stride, stride * size
-    return jnp.where(valid, own, jnp.full_like(own, -1))
 
 
 def _travel(value, held: tuple[Axes, ...], wanted: tuple[Axes, ...], sizes):

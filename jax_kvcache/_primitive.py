@@ -43,15 +43,38 @@ def dequant_rope_quant_kvcache_canonical(
     Returns:
       q [*g, T, Nq, D], k and v [*g, T, Nkv, D] or [0], k_cache, v_cache.
     """
-    types: list[Any] = [jax.typeof(operand) for operand in operands]
-    varying = frozenset().union(*(t.manual_axis_type.varying for t in types))
-    cast = [
-        lax.pcast(operand, tuple(varying - t.manual_axis_type.varying), to="varying")
-        for operand, t in zip(operands, types, strict=True)
-    ]
     return dequant_rope_quant_kvcache_p.bind(
-        *cast, kv_output=kv_output, indices_mode=indices_mode, implementation=implementation
+        *_vary_alike(operands),
+        kv_output=kv_output,
+        indices_mode=indices_mode,
+        implementation=implementation,
     )
+
+
+# What q, k and v are made of; the caches are made of all operands
+_TOKENS = ("x", "cos", "sin", "weight_scale", "activation_scale", "bias")
+
+
+def _vary_alike(operands: Operands):
+    """Under shard_map: q, k and v vary over the mesh axes of their operands, the caches over all.
+
+    So q of tokens that every device has is known to be the same everywhere, also where each device
+    writes its own part of the cache.
+    """
+    varying = {
+        name: jax.typeof(operand).manual_axis_type.varying
+        for name, operand in operands._asdict().items()
+    }
+    tokens = frozenset().union(*(varying[name] for name in _TOKENS))
+    everything = frozenset().union(*varying.values())
+    return [
+        lax.pcast(
+            operand,
+            tuple((tokens if name in _TOKENS else everything) - varying[name]),
+            to="varying",
+        )
+        for name, operand in operands._asdict().items()
+    ]
 
 
 # Shapes, dtypes and types
@@ -76,14 +99,15 @@ def _abstract_eval(*avals, kv_output, indices_mode, implementation):
     if mesh.empty:
         return [core.ShapedArray(s, d) for s, d in zip(shapes, dtypes, strict=True)]
     specs = result_specs(layout_of(mesh, ops), kv_output)
+    vary = [a.manual_axis_type for a in (ops.x, ops.x, ops.x, ops.k_cache, ops.v_cache)]
     return [
         core.ShapedArray(
             shape,
             dtype,
             sharding=NamedSharding(mesh, spec),
-            manual_axis_type=ops.x.manual_axis_type,
+            manual_axis_type=varying,
         )
-        for shape, dtype, spec in zip(shapes, dtypes, specs, strict=True)
+        for shape, dtype, spec, varying in zip(shapes, dtypes, specs, vary, strict=True)
     ]
 
 
