@@ -4,7 +4,6 @@ import functools
 import random
 
 import golden_calls
-import implementations
 import jax
 import numpy as np
 import oracle
@@ -119,7 +118,7 @@ def case(seed):
     return mode, optionals, tuple(mapped), rng, pattern % 2 == 0
 
 
-@pytest.mark.parametrize("implementation", implementations.NAMES)
+@pytest.mark.parametrize("implementation", ["xla", "ffi"])
 @pytest.mark.parametrize("seed", range(240))
 def test_equals_a_loop(seed, implementation):
     mode, optionals, mapped, rng, kv_output = case(seed)
