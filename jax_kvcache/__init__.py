@@ -9,5 +9,12 @@ from jax_kvcache.cache import KVCache as KVCache
 from jax_kvcache.cache import PagedKVCache as PagedKVCache
 from jax_kvcache.cache import slots_from_block_table as slots_from_block_table
 from jax_kvcache.rope import rope_tables as rope_tables
+from jax_kvcache.sharding import (
+    deinterleave_qkv_for_tensor_parallel as deinterleave_qkv_for_tensor_parallel,
+)
+from jax_kvcache.sharding import (
+    interleave_qkv_for_tensor_parallel as interleave_qkv_for_tensor_parallel,
+)
+from jax_kvcache.sharding import local_slots as local_slots
 
 __version__ = "0.1.0"

@@ -9,9 +9,12 @@ import jax.numpy as jnp
 from jax import core, lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from jax_kvcache import _ascend, _ffi
+from jax_kvcache._compat import requires_devices_during_lowering
+from jax_kvcache._layout import PER_GROUP, layout_of, mesh_of, result_specs
+from jax_kvcache._partition import partitioned
 from jax_kvcache._reference import Operands, dequant_rope_quant_kvcache_reference
 
 dequant_rope_quant_kvcache_p = Primitive("dequant_rope_quant_kvcache")
@@ -20,9 +23,6 @@ dequant_rope_quant_kvcache_p.multiple_results = True
 # Carries a call to one platform's native target, or refuses it, when that platform is lowered.
 _native_p = Primitive("dequant_rope_quant_kvcache_native")
 _native_p.multiple_results = True
-
-# Operands with the group dimensions in full; the others are parameters that groups may share.
-_PER_GROUP = ("x", "cos", "sin", "k_cache", "v_cache", "slots", "activation_scale")
 
 
 def dequant_rope_quant_kvcache_canonical(
@@ -43,15 +43,38 @@ def dequant_rope_quant_kvcache_canonical(
     Returns:
       q [*g, T, Nq, D], k and v [*g, T, Nkv, D] or [0], k_cache, v_cache.
     """
-    types: list[Any] = [jax.typeof(operand) for operand in operands]
-    varying = frozenset().union(*(t.manual_axis_type.varying for t in types))
-    cast = [
-        lax.pcast(operand, tuple(varying - t.manual_axis_type.varying), to="varying")
-        for operand, t in zip(operands, types, strict=True)
-    ]
     return dequant_rope_quant_kvcache_p.bind(
-        *cast, kv_output=kv_output, indices_mode=indices_mode, implementation=implementation
+        *_vary_alike(operands),
+        kv_output=kv_output,
+        indices_mode=indices_mode,
+        implementation=implementation,
     )
+
+
+# What q, k and v are made of; the caches are made of all operands
+_TOKENS = ("x", "cos", "sin", "weight_scale", "activation_scale", "bias")
+
+
+def _vary_alike(operands: Operands):
+    """Under shard_map: q, k and v vary over the mesh axes of their operands, the caches over all.
+
+    So q of tokens that every device has is known to be the same everywhere, also where each device
+    writes its own part of the cache.
+    """
+    varying = {
+        name: jax.typeof(operand).manual_axis_type.varying
+        for name, operand in operands._asdict().items()
+    }
+    tokens = frozenset().union(*(varying[name] for name in _TOKENS))
+    everything = frozenset().union(*varying.values())
+    return [
+        lax.pcast(
+            operand,
+            tuple((tokens if name in _TOKENS else everything) - varying[name]),
+            to="varying",
+        )
+        for name, operand in operands._asdict().items()
+    ]
 
 
 # Shapes, dtypes and types
@@ -69,29 +92,22 @@ def _dtype_rule(ops: Operands):
     return ops.cos.dtype, ops.cos.dtype, ops.cos.dtype, ops.k_cache.dtype, ops.v_cache.dtype
 
 
-def _spec_rule(ops: Any, kv_output: bool):
-    """Partition specs of the results: tokens as in x, heads as in the cache."""
-    tokens = tuple(ops.x.sharding.spec)[:-1]
-    cache = ops.k_cache.sharding.spec
-    rows = (*tokens, *tuple(cache)[-2:])
-    kv = rows if kv_output else (None,)
-    return rows, kv, kv, cache, ops.v_cache.sharding.spec
-
-
 def _abstract_eval(*avals, kv_output, indices_mode, implementation):
     ops: Any = Operands(*avals)
     shapes, dtypes = _shape_rule(ops, kv_output), _dtype_rule(ops)
-    meshes = [a.sharding.mesh for a in avals if not a.sharding.mesh.empty]
-    if not meshes:
+    mesh = mesh_of(avals)
+    if mesh.empty:
         return [core.ShapedArray(s, d) for s, d in zip(shapes, dtypes, strict=True)]
+    specs = result_specs(layout_of(mesh, ops), kv_output)
+    vary = [a.manual_axis_type for a in (ops.x, ops.x, ops.x, ops.k_cache, ops.v_cache)]
     return [
         core.ShapedArray(
             shape,
             dtype,
-            sharding=NamedSharding(meshes[0], PartitionSpec(*spec)),
-            manual_axis_type=ops.x.manual_axis_type,
+            sharding=NamedSharding(mesh, spec),
+            manual_axis_type=varying,
         )
-        for shape, dtype, spec in zip(shapes, dtypes, _spec_rule(ops, kv_output), strict=True)
+        for shape, dtype, spec, varying in zip(shapes, dtypes, specs, vary, strict=True)
     ]
 
 
@@ -136,7 +152,7 @@ def _batch(operands, dims, **params):
             return jnp.moveaxis(operand, dim, 0)
         if operand.shape == (0,):  # an absent optional
             return operand
-        if name in _PER_GROUP:
+        if name in PER_GROUP:
             return jnp.broadcast_to(operand, (size, *operand.shape))
         return jnp.expand_dims(operand, 0)
 
@@ -171,18 +187,7 @@ _native_p.def_abstract_eval(_native_abstract_eval)
 
 
 def _xla_call(*operands, **params):
-    """The reference; on a mesh with explicit axes XLA's partitioner works out the inside."""
-    types = _abstract_eval(*map(jax.typeof, operands), implementation="xla", **params)
-    shardings = tuple(t.sharding for t in types)
-    mesh = shardings[0].mesh
-    call = functools.partial(dequant_rope_quant_kvcache_reference, **params)
-    explicit = {
-        n for n, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == AxisType.Explicit
-    }
-    if not explicit:
-        return call(*operands)
-    with jax.sharding.use_abstract_mesh(mesh):
-        return jax.sharding.auto_axes(call, axes=tuple(explicit), out_sharding=shardings)(*operands)
+    return list(dequant_rope_quant_kvcache_reference(*operands, **params))
 
 
 def _native_lowering(ctx, *operands, platform, implementation, **params):
@@ -206,8 +211,9 @@ mlir.register_lowering(_native_p, _native_lowering)
 
 
 def _call_on_platform(*operands, implementation, **params):
+    """The call of one device, on whichever platform is lowered."""
     if implementation == "xla":
-        return list(_xla_call(*operands, **params))
+        return _xla_call(*operands, **params)
 
     def branch(platform):
         return functools.partial(
@@ -218,4 +224,10 @@ def _call_on_platform(*operands, implementation, **params):
     return lax.platform_dependent(*operands, default=branch(None), **branches)
 
 
-mlir.register_lowering(dequant_rope_quant_kvcache_p, mlir.lower_fun(_call_on_platform))
+def _lowering(ctx, *operands, **params):
+    one_device = functools.partial(_call_on_platform, **params)
+    return mlir.lower_fun(partitioned(ctx, one_device, params["kv_output"]))(ctx, *operands)
+
+
+requires_devices_during_lowering(dequant_rope_quant_kvcache_p)
+mlir.register_lowering(dequant_rope_quant_kvcache_p, _lowering)

@@ -26,9 +26,9 @@ def execute(text: pathlib.Path, timeout: int = 600) -> nbformat.NotebookNode:
 
 def strip(notebook: nbformat.NotebookNode) -> None:
     """Keeps sources and outputs: no times, no kernel, ids by position."""
-    notebook.metadata = nbformat.from_dict({"kernelspec": {
-        "name": "python3", "display_name": "Python 3", "language": "python"
-    }})
+    notebook.metadata = nbformat.from_dict(
+        {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    )
     for number, cell in enumerate(notebook.cells):
         cell.metadata, cell.id = nbformat.NotebookNode(), f"cell-{number}"
         for output in cell.get("outputs", ()):
@@ -41,9 +41,7 @@ def strip(notebook: nbformat.NotebookNode) -> None:
 
 def main() -> None:
     """Executes the named text forms, or all."""
-    names = sys.argv[1:] or sorted(
-        p for p in HERE.glob("*.py") if p.with_suffix(".ipynb").exists()
-    )
+    names = sys.argv[1:] or sorted(p for p in HERE.glob("*.py") if p.with_suffix(".ipynb").exists())
     for name in names:
         text = HERE / pathlib.Path(name).name
         start = time.perf_counter()

@@ -11,7 +11,6 @@ import pathlib
 import sysconfig
 
 import jax
-import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 

@@ -1,0 +1,42 @@
+"""Automatic and explicit meshes: the same bits, in place, and no byte moved but those named."""
+
+import functools
+import math
+
+import hlo
+import jax
+import layouts
+import pytest
+from jax.sharding import AxisType
+
+from jax_kvcache import dequant_rope_quant_kvcache
+
+KINDS = {"automatic": AxisType.Auto, "explicit": AxisType.Explicit}
+
+
+@pytest.mark.parametrize("implementation", ["xla", "ffi"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", layouts.MESHES, ids=str)
+@pytest.mark.parametrize("name", layouts.LAYOUTS)
+def test_layout(name, shape, kind, implementation):
+    layout = layouts.LAYOUTS[name]
+    mesh = jax.make_mesh(shape, ("dp", "tp"), (KINDS[kind],) * 2)
+    arguments = layouts.placed(layout, mesh)
+    step = jax.jit(
+        functools.partial(
+            dequant_rope_quant_kvcache,
+            kv_output=True,
+            cache_mode=layout.cache_mode,
+            implementation=implementation,
+        ),
+        donate_argnames=("k_cache", "v_cache"),
+    )
+    compiled = step.lower(**arguments).compile()
+    text = compiled.as_text()
+    assert layouts.collective_bytes(text) == layout.moved(*shape)
+    cache = arguments["k_cache"]
+    hlo.assert_in_place(compiled, math.prod(cache.sharding.shard_shape(cache.shape)))
+    result = compiled(**arguments)
+    assert cache.is_deleted()
+    assert result.k_cache.sharding.is_equivalent_to(cache.sharding, 4)
+    layouts.check(result, layout)
