@@ -41,7 +41,8 @@ def decode_attention(
       lengths: [B] int32, valid rows of each sequence, the S new ones included.  0 gives zeros.
       block_table: [B, M] int32, for a `PagedKVCache` only: the block of rows m * block_size and
         on.  Rows of a block outside [0, num_blocks) are not seen.
-      layer: the layer to read, an int or an int32 scalar; for a cache with layers only.
+      layer: the layer to read, an int or an integer scalar; for a cache with layers only. A traced
+        one that does not exist reads the nearest.
       scale: factor of the scores; None is D ** -0.5.
 
     Returns:

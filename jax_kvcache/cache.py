@@ -99,8 +99,8 @@ class KVCache(CacheBase):
           activation_scale: [B, S] or [B*S] float32.
           bias: [H] float32, float16, bfloat16 or int32.
           block_table: None; a `PagedKVCache` has one.
-          layer: the layer to write, an int or an int32 scalar, for a cache with layers only. One
-            that does not exist writes nothing (and q is computed all the same).
+          layer: the layer to write, an int or an integer scalar; for a cache with layers only. A
+            traced one that does not exist writes nothing (q is computed all the same).
           implementation: None, "ffi" or "xla".
 
         Returns:

@@ -20,7 +20,7 @@ def rope_tables(
     Args:
       positions: [B, S] integers, the position of each token in its sequence.
       head_dim: D, the even size of one head.
-      theta: the base of the frequencies, in positions per radian of the slowest channel; above 0.
+      theta: the base of the frequencies; above 0.
       dtype: float16, bfloat16 or float32.
 
     Returns:
