@@ -15,7 +15,7 @@ LIBRARY = ctypes.CDLL(str(_ffi.LIBRARY))
 LIBRARY.jax_kvcache_use_simd.restype = ctypes.c_bool
 SIMD = [
     name
-    for name in ("baseline", "avx2", "avx512")
+    for name in ("baseline", "avx2", "avx512", "avx512_bf16")
     if LIBRARY.jax_kvcache_use_simd(name.encode())  # leaves the last one, the best, in use
 ]
 THREADS = len(os.sched_getaffinity(0))
