@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from jax_kvcache._checks import Call, check_call, check_row_count
-from jax_kvcache._op import contiguous_rows, dequant_rope_quant_kvcache
+from jax_kvcache._checks import Call, check_row_count
+from jax_kvcache._op import canonical_operands, dequant_rope_quant_kvcache
 from jax_kvcache._primitive import dequant_rope_quant_kvcache_canonical
-from jax_kvcache._reference import Operands
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,52 +99,27 @@ class CacheBase:
             jax.ShapeDtypeStruct(cache.shape[1:], cache.dtype)
             for cache in (self.k_cache, self.v_cache)
         )
-        sizes = check_call(
+        operands, sizes = canonical_operands(
             Call(
                 x, cos, sin, k_layer, v_layer, indices, scale_k, scale_v,
                 offset_k=offset_k, offset_v=offset_v, weight_scale=weight_scale,
                 activation_scale=activation_scale, bias=bias, cache_mode=cache_mode,
                 implementation=implementation,
-            )
-        )  # fmt: skip
-        if x.dtype != jnp.int32:  # the operator ignores them, the primitive does not take them
-            weight_scale = activation_scale = bias = None
-
-        def shaped(value, *shape):
-            return jnp.zeros(0, jnp.float32) if value is None else jnp.reshape(value, shape)
-
-        q, _, _, k_cache, v_cache = dequant_rope_quant_kvcache_canonical(
-            Operands(
-                x=shaped(x, -1, sizes.H),
-                cos=shaped(cos, -1, sizes.D),
-                sin=shaped(sin, -1, sizes.D),
-                k_cache=self.k_cache,
-                v_cache=self.v_cache,
-                slots=self._layer_slots(indices, sizes, cache_mode, layer),
-                scale_k=scale_k,
-                scale_v=scale_v,
-                offset_k=shaped(offset_k, sizes.Nkv, sizes.D),
-                offset_v=shaped(offset_v, sizes.Nkv, sizes.D),
-                weight_scale=shaped(weight_scale, sizes.H),
-                activation_scale=shaped(activation_scale, -1),
-                bias=shaped(bias, sizes.H),
             ),
+            one_slot_space=True,
+        )  # fmt: skip
+        # A slot that is not the layer's own must not become another layer's.
+        rows = jnp.asarray(sizes.C1 * sizes.C2, jnp.int32)
+        own = (operands.slots >= 0) & (operands.slots < rows) & (layer >= 0)
+        slots = jnp.where(own, layer * rows + operands.slots, -1)
+        operands = operands._replace(k_cache=self.k_cache, v_cache=self.v_cache, slots=slots)
+        q, _, _, k_cache, v_cache = dequant_rope_quant_kvcache_canonical(
+            operands,
             kv_output=False,
             indices_mode="drop",
             implementation=implementation,
         )
         return q.reshape(*sizes.tokens, sizes.Nq, sizes.D), k_cache, v_cache
-
-    def _layer_slots(self, indices, sizes, cache_mode, layer):
-        """Flat rows over [L, C1, C2], -1 for a row that is not the layer's own."""
-        slots = indices
-        if cache_mode == "contiguous":
-            rows = contiguous_rows(indices, sizes.S, sizes.C2)
-            base = jnp.arange(sizes.B, dtype=jnp.int32)[:, None] * sizes.C2
-            slots = jnp.where(rows >= 0, base + rows, -1)
-        rows_per_layer = sizes.C1 * sizes.C2
-        valid = (slots >= 0) & (slots < rows_per_layer)
-        return jnp.where(valid, layer * rows_per_layer + slots, -1).reshape(-1)
 
 
 def check_layer(cache: CacheBase, layer: ArrayLike | None) -> None:

@@ -44,25 +44,26 @@ def contiguous_rows(indices, S, C2):
     return jnp.where(valid, start + step, jnp.full_like(step, -1))
 
 
-def _slots(indices, sizes, cache_mode):
-    """The flat slot of each token: [B, S] for contiguous mode, [T] for page mode."""
+def _slots(indices, sizes, cache_mode, per_batch):
+    """The flat slot of each token, over its batch's rows ([B, S]) or over all rows ([T])."""
     if cache_mode == "page":
         return indices.reshape(-1)
     rows = contiguous_rows(indices.reshape(-1), 1 if sizes.S is None else sizes.S, sizes.C2)
-    if sizes.C1 == sizes.B:
+    if per_batch:
         return rows
     base = jnp.arange(sizes.B, dtype=jnp.int32)[:, None] * jnp.asarray(sizes.C2, jnp.int32)
     return jnp.where(rows >= 0, base + rows, jnp.full_like(rows, -1)).reshape(-1)
 
 
-def canonical_operands(call: Call) -> tuple[Operands, Sizes]:
+def canonical_operands(call: Call, *, one_slot_space=False) -> tuple[Operands, Sizes]:
     """Checks a call of the public function and puts it in the primitive's form.
 
-    Contiguous with C1 == B: groups (B,), rows (C2,). Page, and contiguous with C1 > B: no groups,
-    rows (C1, C2). The caches stay as they are; a reshape would copy them.
+    Contiguous with C1 == B: groups (B,), rows (C2,). Page, contiguous with C1 > B, and everything
+    with `one_slot_space`: no groups, rows (C1, C2). The caches stay as they are; a reshape would
+    copy them.
     """
     sizes = check_call(call)
-    per_batch = call.cache_mode == "contiguous" and sizes.C1 == sizes.B
+    per_batch = call.cache_mode == "contiguous" and sizes.C1 == sizes.B and not one_slot_space
     S = 1 if sizes.S is None else sizes.S
     tokens = (sizes.B, S) if per_batch else (sizes.B * S,)
     absent = jnp.zeros((0,), jnp.float32)
@@ -82,9 +83,9 @@ def canonical_operands(call: Call) -> tuple[Operands, Sizes]:
         x=per_token(call.x, sizes.H),
         cos=per_token(call.cos, sizes.D),
         sin=per_token(call.sin, sizes.D),
-        k_cache=jnp.asarray(call.k_cache),
-        v_cache=jnp.asarray(call.v_cache),
-        slots=_slots(jnp.asarray(call.indices), sizes, call.cache_mode),
+        k_cache=call.k_cache,
+        v_cache=call.v_cache,
+        slots=_slots(jnp.asarray(call.indices), sizes, call.cache_mode, per_batch),
         scale_k=parameter(call.scale_k, *heads),
         scale_v=parameter(call.scale_v, *heads),
         offset_k=parameter(call.offset_k, *heads),
