@@ -3,13 +3,14 @@
 import hashlib
 import importlib.util
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-import jaxlib
+import jax
 
 _FLAGS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-ffp-contract=off", "-Wl,-rpath,$ORIGIN")
 
@@ -60,7 +61,7 @@ def compiler() -> str:
 
 def _compile(folder: Path, cxx: str, sources: Path, include: list[Path]) -> None:
     for name, (files, needs) in _LIBRARIES.items():
-        command = [cxx, *_FLAGS, f"-I{sources}", f"-I{sources / 'include'}"]
+        command = [*shlex.split(cxx), *_FLAGS, f"-I{sources}", f"-I{sources / 'include'}"]
         for path in include:
             command += ["-isystem", str(path)]
         command += [str(sources / file) for file in files]
@@ -83,7 +84,7 @@ def build() -> Path:
     if not sys.platform.startswith("linux"):
         raise RuntimeError("The stand-in device runs on Linux x86-64.")
     sources, plugin, cxx = source_folder(), cpu_plugin(), compiler()
-    include = [Path(jaxlib.__file__).parent / "include", plugin.parent / "include"]
+    include = [Path(jax.ffi.include_dir()), plugin.parent / "include"]
     digest = hashlib.sha256(f"{cxx} {_FLAGS} {include}".encode())
     for path in sorted(sources.rglob("*")):
         if path.suffix in (".cc", ".h"):

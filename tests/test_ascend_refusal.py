@@ -28,6 +28,22 @@ TAKEN = [
     {"x_dtype": jnp.float16}, {"x_dtype": jnp.bfloat16},
 ]  # fmt: skip
 
+MODELS = {  # the README's table: heads of q and of k, D, and the devices they have to be split over
+    "Qwen2.5-0.5B": ((14, 2, 64), 1), "Qwen2.5-1.5B": ((12, 2, 128), 1),
+    "Qwen2.5-7B": ((28, 4, 128), 2), "Qwen2.5-14B": ((40, 8, 128), 2),
+    "Llama-3.2-1B": ((32, 8, 64), 1), "Llama-3-8B": ((32, 8, 128), 2),
+    "Mistral-7B": ((32, 8, 128), 2), "Llama-2-7B": ((32, 32, 128), 4),
+    "Llama-3-70B": ((64, 8, 128), 4),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models(name):
+    (num_q, num_kv, head_dim), devices = MODELS[name]
+    call = calls.arguments(Nq=num_q, Nkv=num_kv, D=head_dim)
+    reason = explain(**call, platform="ascend").reason
+    assert (f"parallelism over {devices} devices fits" in reason) == (devices > 1)
+
 
 @pytest.mark.parametrize("platform", _ascend.PLATFORMS)
 @pytest.mark.parametrize(("sizes", "reason"), REFUSED, ids=str)

@@ -38,13 +38,15 @@ def indices(cache_mode, step):
 
 @pytest.mark.ascend_device
 @pytest.mark.parametrize(("cache_mode", "C1"), LAYOUTS)
-def test_steps(cache_mode, C1, request, launches):
+def test_steps(cache_mode, C1, launches):
     call = draw(cache_mode, C1, np.random.default_rng(0))
     names = ("k_cache", "v_cache")
     caches = {name: call.pop(name) for name in names}
     expected = {name: np.asarray(cache) for name, cache in caches.items()}
     addresses = [cache.unsafe_buffer_pointer() for cache in caches.values()]
     step = jax.jit(functools.partial(operator, cache_mode=cache_mode), donate_argnames=names)
+    text = step.lower(**call, **caches).compile().as_text()
+    assert hlo.cache_copies(text, math.prod(caches["k_cache"].shape)) == []
     for i in range(STEPS):
         call["indices"] = indices(cache_mode, i).reshape(call["indices"].shape)
         old = caches

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jax_kvcache import dequant_rope_quant_kvcache
 
@@ -76,13 +76,19 @@ def test_threads(launches):
     assert launches() in (num_threads * num_calls, None)
 
 
-def test_eight_devices_at_once(standin):
-    mesh = Mesh(np.array(jax.devices()), ("data",))
+def spread(call, axis_type):
+    """The call's arrays over eight devices, and their specs."""
+    mesh = Mesh(np.array(jax.devices()), ("data",), axis_types=(axis_type,))
     assert mesh.size == 8
-    call = draw(7, 16)
     whole = ("scale_k", "scale_v", "weight_scale")
     specs = {name: PartitionSpec() if name in whole else PartitionSpec("data") for name in call}
     arrays = {n: jax.device_put(a, NamedSharding(mesh, specs[n])) for n, a in call.items()}
+    return mesh, arrays, specs
+
+
+def test_eight_devices_at_once(standin):
+    call = draw(7, 16)
+    mesh, arrays, specs = spread(call, AxisType.Auto)
 
     def function(**call):
         local = jax.shard_map(
@@ -104,3 +110,18 @@ def test_eight_devices_at_once(standin):
     events = standin.ledger()["events"]
     assert {e.split(" on ")[1] for e in events if " on " in e} == set("01234567")
     assert standin.launches == 16
+
+
+def test_eight_devices_on_an_explicit_mesh(standin):
+    call = draw(8, 16)
+    mesh, arrays, _ = spread(call, AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        check(jax.jit(operator)(**arrays), call)
+    assert standin.launches == 8
+
+
+def test_automatic_partitioning_is_refused(standin):
+    """A plugin outside XLA has no custom partitioning: an error that says what to do instead."""
+    _, arrays, _ = spread(draw(9, 16), AxisType.Auto)
+    with pytest.raises(NotImplementedError, match=r"Use explicit mesh axes .* or jax.shard_map"):
+        jax.jit(operator)(**arrays)
