@@ -149,7 +149,7 @@ def _batch(operands, dims, **params):
 
     def prepend(name, operand, dim):
         if dim is not None:
-            return jnp.moveaxis(operand, dim, 0)
+            return operand if dim == 0 else jnp.moveaxis(operand, dim, 0)
         if operand.shape == (0,):  # an absent optional
             return operand
         if name in PER_GROUP:
