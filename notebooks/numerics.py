@@ -2,15 +2,16 @@
 # # What does an int8 KV cache cost, and which scales make it cheap?
 #
 # The operator quantises K (after RoPE) and V to int8 with one static scale per channel:
-# `code = clip(rint(value / scale + offset), -128, 127)`. This notebook looks at the values of a real
-# model, calibrates in several ways, and measures what each way and each number format loses, from
-# single channels up to the model's predictions. Every claim is followed by an assertion.
+# `code = clip(rint(value / scale + offset), -128, 127)`. This notebook looks at the values of a
+# real model, calibrates in several ways, and measures what each way and each number format loses,
+# from single channels up to the model's predictions. Every claim is followed by an assertion.
 
 # %%
 import pathlib
 import sysconfig
 
 import jax
+import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 
@@ -54,9 +55,9 @@ assert held_out.size >= 30_000
 # %% [markdown]
 # ## 1. Calibrate, streaming
 #
-# An observer is a pytree that keeps a little of what it has seen. The `Sketch` keeps the range and a
-# histogram with buckets of constant relative width (7.5 KiB per channel), so one pass serves every
-# method; the activations themselves are gone after each batch.
+# An observer is a pytree that keeps a little of what it has seen. The `Sketch` keeps the range and
+# a histogram with buckets of constant relative width (7.5 KiB per channel), so one pass serves
+# every method; the activations themselves are gone after each batch.
 
 # %%
 channels = demo_model.channels(model)  # [layers, kv heads, head size]
@@ -169,13 +170,14 @@ for method, error in errors.items():
 
 layers = np.arange(config.n_layers)
 colors = dict(zip(METHODS, (BLUE, "#56B4E9", ORANGE, GREEN, VERMILION, PURPLE), strict=True))
+markers = dict(zip(METHODS, "os^Dv*", strict=True))
 figure, axes = plt.subplots(1, 2, figsize=(12, 3.6), layout="constrained", sharey=True)
 for axis, name in zip(axes, "kv", strict=True):
-    for i, (method, error) in enumerate(errors.items()):
+    for method, error in errors.items():
         per_layer = [float(error[name].layer(layer).total().sqnr) for layer in layers]
-        axis.bar(layers + (i - 2.5) * 0.13, per_layer, 0.12, color=colors[method], label=method)
+        axis.plot(layers, per_layer, color=colors[method], marker=markers[method], label=method)
     axis.set(title={"k": "K after RoPE", "v": "V"}[name], xlabel="layer", xticks=layers)
-axes[0].set(ylabel="SQNR (dB)", ylim=(36, 50))
+axes[0].set_ylabel("SQNR (dB)")
 figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=9)
 plt.show()
 
@@ -195,9 +197,7 @@ for name in "kv":
         float(numerics.sqnr(seen[name], numerics.fake_quantize(seen[name], *c).values))
         for c in (numerics.calibrate(own, method="mse"), numerics.calibrate(own))
     ]
-    print(
-        f"{name.upper()} on its own calibration text: mse {sqnr[0]:.2f} dB, absmax {sqnr[1]:.2f} dB"
-    )
+    print(f"{name.upper()} on its own text: mse {sqnr[0]:.2f} dB, absmax {sqnr[1]:.2f} dB")
     assert sqnr[0] > sqnr[1] - 0.01
 
 # V of layer 0 depends on nothing but the byte: as many codes as there are different bytes.
@@ -231,8 +231,8 @@ for axis, name in zip(axes, "kv", strict=True):
         axis.step(np.arange(y.size), y, where="mid", color=color, lw=1.3, label=label)
     title = {"k": "K after RoPE", "v": "V"}[name]
     axis.set(title=f"{title}, layer {LAYER}", xlabel="channel (head by head)")
-axes[0].set_ylabel("SQNR (dB)")
-axes[0].legend(loc="lower left", fontsize=9)
+axes[0].set(ylabel="SQNR (dB)", ylim=(18, 51))
+axes[0].legend(loc="lower left", ncols=2, fontsize=9)
 plt.show()
 
 for name in "kv":
@@ -240,8 +240,8 @@ for name in "kv":
     expected = 20 * jnp.log10(tensor_scale[name] / absmax[name].scale)
     slope, _ = np.polyfit(expected.reshape(-1), loss.reshape(-1), 1)
     print(
-        f"{name.upper()}: one scale per tensor costs {float(jnp.median(loss)):.1f} dB in the median "
-        f"channel, {float(loss.max()):.1f} dB in the worst; {slope:.2f} dB per dB of scale"
+        f"{name.upper()}: one scale per tensor costs {float(jnp.median(loss)):.1f} dB in the "
+        f"median channel, {float(loss.max()):.1f} dB in the worst; {slope:.2f} dB per dB of scale"
     )
     assert 0.7 < slope < 1.3
     assert loss.max() > 6
@@ -270,7 +270,7 @@ def output_sqnr(error):
     return float(-10 * jnp.log10(jnp.mean(10 ** (-error.output_sqnr / 10))))
 
 
-CHANNEL, factors = 5, 2.0 ** np.arange(0, 9)
+CHANNEL, factors = 5, 2.0 ** np.arange(11)
 outlier = {name: [] for name in numerics.FORMATS}
 quantise = {name: jax.jit(f) for name, f in numerics.FORMATS.items()}
 q, k, v_layer = read.q[LAYER], read.k[LAYER], read.v[LAYER]
@@ -300,7 +300,6 @@ channel, tensor, token = (
 assert np.ptp(channel) < 0.01  # a power of two on a channel and its scale changes no code
 assert np.diff(tensor[3:]).max() < -2  # every doubling costs: the other channels share the codes
 assert token[-1] < token[0] - 15  # a scale per token is as exposed: the outlier is in every token
-print({n: np.round(y, 1).tolist() for n, y in outlier.items()})
 e4m3 = np.array(outlier["float8 e4m3"])  # carries its exponent with it, up to the largest number
 assert np.ptp(e4m3[:5]) < 0.5
 assert e4m3[-1] < e4m3[0] - 5  # beyond 448: clamped
@@ -311,7 +310,8 @@ assert e4m3[-1] < e4m3[0] - 5  # beyond 448: clamped
 # An offset moves the codes to where the values are. With c = |middle| / half width of a channel's
 # range, the step shrinks by 1 + c, at most 2 while the range contains zero and more beyond. Before
 # RoPE the channels of K are far from zero; after it, where the operator quantises, only the slow
-# pairs are.
+# pairs are. (Layer 0 is left out: its V, and its K before RoPE, depend on nothing but the byte and
+# take too few values for the errors to average out.)
 
 # %%
 figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
@@ -321,7 +321,7 @@ for name, values, color, marker in (
     ("K after RoPE", k_after, BLUE, "o"),
     ("V", v, GREEN, "s"),
 ):
-    values = jnp.asarray(values)
+    values = jnp.asarray(values[:, :, 1:])
     low, high = values.min((0, 1)), values.max((0, 1))
     sqnr = [
         numerics.sqnr(values, numerics.fake_quantize(values, *calibration).values, (0, 1))
@@ -335,8 +335,7 @@ for name, values, color, marker in (
     axis.scatter(c, gains[name], s=12, color=color, marker=marker, alpha=0.6, label=name)
     predicted = 20 * np.log10((1 + c) * 255 / 254)
     print(f"{name:14} gain of an offset: median {np.median(gains[name]):.2f} dB")
-    if name != "V":  # V of layer 0 takes few different values: no law of large numbers there
-        assert np.median(np.abs(gains[name] - predicted)) < 0.2
+    assert np.median(np.abs(gains[name] - predicted)) < 0.2
 x = np.linspace(0, max(2, c.max()), 100)
 axis.plot(x, 20 * np.log10((1 + x) * 255 / 254), "k", lw=1, label="20 log10(1 + c)")
 axis.set(xlabel="c = |middle| / half width of the channel's range", ylabel="gain in SQNR (dB)")
@@ -386,7 +385,8 @@ figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", 
 plt.show()
 
 output = {name: rows[:, 2] for name, rows in table.items()}
-assert (output["int8 per channel"] > output["int8 per tensor"] + 2).all()
+# One scale per tensor at least doubles the noise of the attention output (3 dB), in every layer.
+assert (output["int8 per channel"] > output["int8 per tensor"] + 3).all()
 assert (output["int8 per channel"] > output["float8 e4m3"] + 8).all()
 assert (output["float8 e4m3"] > output["float8 e5m2"] + 4).all()  # one bit of mantissa
 assert (output["float8 e5m2"] > output["int4 per channel"] + 3).all()
@@ -434,41 +434,46 @@ for axis, column, color in ((axes[0], 0, VERMILION), (axes[1], 2, BLUE)):
     axis.errorbar(mean, rows, xerr=2 * error, fmt="o", color=color, capsize=3)
 axes[0].axvline(0, color="k", lw=1)
 axes[0].set_xscale("symlog", linthresh=2e-4, linscale=1.5)
-axes[0].set_xticks([-2e-4, 0, 2e-4, 1e-3, 1e-2], ["-0.0002", "0", "0.0002", "0.001", "0.01"])
-axes[0].set(xlabel="increase of the nll (nats/byte, ± 2 standard errors)", yticks=rows)
+axes[0].set_xticks([-2e-4, 0, 2e-4, 2e-3, 1e-2], ["-0.0002", "0", "0.0002", "0.002", "0.01"])
+axes[0].set(xlabel="increase of the nll (nats/byte)", yticks=rows)
 axes[0].set_yticklabels(results)
 axes[1].set_xscale("log")
-axes[1].set_xlabel("divergence from the float cache (nats/byte, ± 2 standard errors)")
+axes[1].set_xlabel("divergence from the float cache (nats/byte)")
+figure.suptitle("Against a float cache; bars are ± 2 standard errors", fontsize=11)
 plt.show()
 
 # %%
 increase = {run: result[0] for run, result in results.items()}
 divergence = {run: result[2] for run, result in results.items()}
 ours = "int8 per channel, absmax"
-ratio = divergence["int8 per tensor"] / divergence[ours]
-print(f"one scale per tensor diverges {ratio:.2f} times as much as one per channel")
+for run in ("int8 per tensor", "int8 per token", "float8 e4m3", "float8 e5m2", "int4 per channel"):
+    print(f"{run:16} diverges {divergence[run] / divergence[ours]:6.2f} times as much as ours")
 
 assert increase[ours] <= 0.0002
 assert increase["int4 per channel"] >= 0.005
-assert 1.7 < ratio < 2.5
+assert 1.7 < divergence["int8 per tensor"] / divergence[ours] < 2.5
 assert divergence["float8 e4m3"] > 5 * divergence[ours]
 assert divergence["float8 e5m2"] > 2 * divergence["float8 e4m3"]
 assert divergence["int4 per channel"] > 2 * divergence["float8 e5m2"]
+assert results[ours][1] > 10 * results[ours][3]  # standard errors: of the increase, the divergence
 
-needed = len(baseline_nll) * (3 * results[ours][1] / divergence[ours]) ** 2
-print(f"windows needed to see an increase of {divergence[ours]:.6f} at 3 sigma: {needed:,.0f}")
-assert needed > len(baseline_nll)
+windows = len(baseline_nll) * (3 * results[ours][1] / divergence[ours]) ** 2
+print(f"windows needed to see an increase of {divergence[ours]:.6f} at 3 sigma: {windows:,.0f}")
+assert windows > 2 * len(baseline_nll)
 
 # %% [markdown]
-# **Why the nll is too blunt to rank the int8 variants.** To first order a small error ε in the logits
-# changes the nll of a given byte by (gradient · ε): about as often down as up, because ε has nothing
-# to do with the byte that comes next. Only the second-order term is a loss, and it is smaller than
-# the spread of the first even over all these windows: differences between int8 variants, of either
-# sign, are noise, and so is an "improvement". The divergence has no first-order term, since the
-# expectation of the gradient under the model's own distribution is zero; it shows the same loss with
-# a standard error forty times smaller, and agrees with the SQNR of the attention output on the
-# order of the formats.
+# **Why the nll is too blunt to rank the int8 variants.** To first order a small error ε in the
+# logits changes the nll of a byte by (gradient · ε), about as often down as up, because ε has
+# nothing to do with the byte that comes next. Only the second-order term is a loss, and it is
+# smaller than the spread of the first even over all these windows: whether one scale per tensor
+# costs twice the nll of one per channel cannot be read from the left panel, and an "improvement" is
+# noise. The divergence has no first-order term, since the gradient has mean zero under the model's
+# own predictions: it shows the loss with a far smaller standard error, and it orders the formats as
+# the SQNR of the attention output does. One scale per tensor doubles it. For int4 it is more than
+# the increase of the nll: the text is not drawn from the model, and some of the certainty that
+# coarse errors take away was misplaced.
 #
 # **What to take.** Static per-channel int8 with the absolute maximum is hard to beat: clipping
-# (percentile, mse) buys nothing at 8 bits and saturates on new text; an offset helps K a little; one
-# scale per tensor costs one bit; a plain float8 cast has 3 or 2 bits of mantissa where int8 has 7.
+# (percentile, mse) buys nothing at 8 bits and saturates on new text; an offset helps K a little; a
+# scale per token is as good and has to be stored and applied per token; one scale per tensor costs
+# a bit; a plain float8 cast has 3 or 2 bits of mantissa where int8 has 7.
