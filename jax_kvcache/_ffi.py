@@ -13,6 +13,14 @@ from jax_kvcache import _ascend, _compat
 TARGET = "dequant_rope_quant_kvcache"  # the same name on every platform
 NATIVE_PLATFORMS: tuple[str, ...] = ("cpu", *_ascend.PLATFORMS)
 LIBRARY_NAME = "libjax_kvcache.so"
+_SYMBOLS = (  # what ffi/exports.map exports
+    "dequant_rope_quant_kvcache_cpu",
+    "dequant_rope_quant_kvcache_ascend",
+    "jax_kvcache_cann",
+    "jax_kvcache_ffi_api_version",
+    "jax_kvcache_simd",
+    "jax_kvcache_threads",
+)
 
 
 def library_path() -> Path:
@@ -61,6 +69,10 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         library = ctypes.CDLL(str(library_path()))
     except OSError as error:
         return None, f"the native library cannot be loaded ({error})"
+    if lacking := [symbol for symbol in _SYMBOLS if not hasattr(library, symbol)]:
+        return None, (
+            f"the native library {library_path()} is of another version: it has no '{lacking[0]}'"
+        )
     library.jax_kvcache_simd.restype = ctypes.c_char_p
     library.jax_kvcache_threads.restype = ctypes.c_int64
     library.jax_kvcache_threads.argtypes = [ctypes.c_int64, ctypes.c_int64]
