@@ -11,7 +11,7 @@ from jax_kvcache._checks import Call
 from jax_kvcache._op import canonical_operands
 from jax_kvcache._reference import Operands
 
-LIBRARY = ctypes.CDLL(str(_ffi.LIBRARY))
+LIBRARY = ctypes.CDLL(str(_ffi.library_path()))
 LIBRARY.jax_kvcache_use_simd.restype = ctypes.c_bool
 SIMD = [
     name
