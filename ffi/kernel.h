@@ -45,7 +45,7 @@ struct Part {
 using Kernel = void (*)(const Shape& shape, const Buffers& buffers, const Part& part);
 
 // The instruction sets that the kernel is built for. The results are the same bits.
-enum class Simd : int { kBaseline, kAvx2, kAvx512, kCount };
+enum class Simd : int { kBaseline, kAvx2, kAvx512, kAvx512Bf16, kCount };
 
 const char* SimdName(Simd simd);
 

@@ -54,18 +54,45 @@ struct Quantizer {
   }
 };
 
-// One head of q or k: columns j and j + D/2 for j in [begin, D/2) as far as N lanes at a time go.
-// Returns where it stopped.
+// The rotary tables of one token as float32, for columns [first, first + count) of each half: read
+// once, used by every head. Four of these, of 512 bytes each, stay in the first-level cache.
+struct Angles {
+  static constexpr int64_t kMax = 128;
+  alignas(64) float low_cos[kMax];
+  alignas(64) float low_minus_sin[kMax];
+  alignas(64) float high_cos[kMax];
+  alignas(64) float high_sin[kMax];
+  int64_t first;
+  int64_t count;
+
+  template <int N, typename Table>
+  JAX_KVCACHE_INLINE int64_t Fill(const Table* cos, const Table* sin, int64_t half_dim,
+                                  int64_t begin) {
+    int64_t i = begin;
+    for (; i + N <= count; i += N) {
+      Store<N>(Load<N>(cos + first + i), low_cos + i);
+      Store<N>(-Load<N>(sin + first + i), low_minus_sin + i);
+      Store<N>(Load<N>(cos + first + i + half_dim), high_cos + i);
+      Store<N>(Load<N>(sin + first + i + half_dim), high_sin + i);
+    }
+    return i;
+  }
+};
+
+// One head of q or k: columns j and j + D/2 for j in the angles' columns from `begin` on, as far as
+// N lanes at a time go. `in`, `out` and the quantizer are at the head's first column. Returns where
+// it stopped.
 template <int N, bool kQuantize, typename X, typename Table, typename Bias>
 JAX_KVCACHE_INLINE int64_t Rotate(const TokenInput<X, Bias>& in, int64_t head_column,
-                                  int64_t half_dim, const Table* cos, const Table* sin, Table* out,
+                                  int64_t half_dim, const Angles& angles, Table* out,
                                   const Quantizer& quantizer, int64_t begin) {
   // float16 tables: the rotation is in float16, one rounding per product and sum. Each is computed
   // in float32 and rounded, which is the same: a product of two float16 is exact in float32, and a
   // sum has 24 >= 2*11 + 2 bits, enough for rounding twice to equal rounding once.
   using Compute = std::conditional_t<std::is_same_v<Table, Half>, Half, float>;
-  int64_t j = begin;
-  for (; j + N <= half_dim; j += N) {
+  int64_t i = begin;
+  for (; i + N <= angles.count; i += N) {
+    const int64_t j = angles.first + i;
     Floats<N> low = in.template Value<N>(head_column + j);
     Floats<N> high = in.template Value<N>(head_column + j + half_dim);
     if constexpr (std::is_same_v<X, int32_t>) {
@@ -73,25 +100,23 @@ JAX_KVCACHE_INLINE int64_t Rotate(const TokenInput<X, Bias>& in, int64_t head_co
       high = RoundTo<Compute, N>(high);
     }
     // out[j] = (x[j+h] * -sin[j]) + (x[j] * cos[j])
-    const Floats<N> low_sin = RoundTo<Compute, N>(high * -Load<N>(sin + j));
-    const Floats<N> low_cos = RoundTo<Compute, N>(low * Load<N>(cos + j));
-    const Floats<N> low_out = RoundTo<Compute, N>(low_sin + low_cos);
+    const Floats<N> low_sum = RoundTo<Compute, N>(high * Load<N>(angles.low_minus_sin + i)) +
+                              RoundTo<Compute, N>(low * Load<N>(angles.low_cos + i));
     // out[j+h] = (x[j] * sin[j+h]) + (x[j+h] * cos[j+h])
-    const Floats<N> high_sin = RoundTo<Compute, N>(low * Load<N>(sin + j + half_dim));
-    const Floats<N> high_cos = RoundTo<Compute, N>(high * Load<N>(cos + j + half_dim));
-    const Floats<N> high_out = RoundTo<Compute, N>(high_sin + high_cos);
+    const Floats<N> high_sum = RoundTo<Compute, N>(low * Load<N>(angles.high_sin + i)) +
+                               RoundTo<Compute, N>(high * Load<N>(angles.high_cos + i));
     if (!kQuantize || out != nullptr) {
-      Store<N>(low_out, out + j);
-      Store<N>(high_out, out + j + half_dim);
+      Store<N>(low_sum, out + j);
+      Store<N>(high_sum, out + j + half_dim);
     }
     if constexpr (kQuantize) {
       if (quantizer.row != nullptr) {
-        quantizer.Put<N>(low_out, j);
-        quantizer.Put<N>(high_out, j + half_dim);
+        quantizer.Put<N>(RoundTo<Compute, N>(low_sum), j);
+        quantizer.Put<N>(RoundTo<Compute, N>(high_sum), j + half_dim);
       }
     }
   }
-  return j;
+  return i;
 }
 
 // Columns [begin, width) of v, as far as N lanes at a time go. Returns where it stopped.
@@ -110,13 +135,13 @@ JAX_KVCACHE_INLINE int64_t CopyValues(const TokenInput<X, Bias>& in, int64_t fir
 
 template <bool kQuantize, typename X, typename Table, typename Bias>
 JAX_KVCACHE_INLINE void RotateHead(const TokenInput<X, Bias>& in, int64_t head_column,
-                                   int64_t half_dim, const Table* cos, const Table* sin, Table* out,
+                                   int64_t half_dim, const Angles& angles, Table* out,
                                    const Quantizer& quantizer) {
-  int64_t j = 0;
-  j = Rotate<kLanes, kQuantize>(in, head_column, half_dim, cos, sin, out, quantizer, j);
-  if (j == half_dim) return;
-  j = Rotate<4, kQuantize>(in, head_column, half_dim, cos, sin, out, quantizer, j);
-  Rotate<1, kQuantize>(in, head_column, half_dim, cos, sin, out, quantizer, j);
+  int64_t i = 0;
+  i = Rotate<kLanes, kQuantize>(in, head_column, half_dim, angles, out, quantizer, i);
+  if (i == angles.count) return;
+  i = Rotate<4, kQuantize>(in, head_column, half_dim, angles, out, quantizer, i);
+  Rotate<1, kQuantize>(in, head_column, half_dim, angles, out, quantizer, i);
 }
 
 JAX_KVCACHE_INLINE void PrefetchRow(const int8_t* row, int64_t bytes) {
@@ -184,14 +209,22 @@ void Run(const Shape& shape, const Buffers& b, const Part& part) {
     const Table* sin = static_cast<const Table*>(b.sin) + token * d;
 
     Table* q = static_cast<Table*>(b.q) + token * num_q * d;
-    for (int64_t head = part.head_begin; head < q_end; ++head) {
-      RotateHead<false>(in, head * d, half_dim, cos, sin, q + head * d, Quantizer{});
-    }
     Table* k = Advance(static_cast<Table*>(b.k), token * kv_width);
-    for (int64_t head = k_begin; head < k_end; ++head) {
-      const Quantizer quantizer = {scale_k + head * d, Advance(offset_k, head * d),
-                                   Advance(k_row, head * d)};
-      RotateHead<true>(in, (num_q + head) * d, half_dim, cos, sin, Advance(k, head * d), quantizer);
+    for (int64_t first = 0; first < half_dim && part.head_begin < v_first; first += Angles::kMax) {
+      Angles angles;
+      angles.first = first;
+      angles.count = half_dim - first < Angles::kMax ? half_dim - first : Angles::kMax;
+      int64_t i = angles.Fill<kLanes>(cos, sin, half_dim, 0);
+      i = angles.Fill<4>(cos, sin, half_dim, i);
+      angles.Fill<1>(cos, sin, half_dim, i);
+      for (int64_t head = part.head_begin; head < q_end; ++head) {
+        RotateHead<false>(in, head * d, half_dim, angles, q + head * d, Quantizer{});
+      }
+      for (int64_t head = k_begin; head < k_end; ++head) {
+        const Quantizer quantizer = {scale_k + head * d, Advance(offset_k, head * d),
+                                     Advance(k_row, head * d)};
+        RotateHead<true>(in, (num_q + head) * d, half_dim, angles, Advance(k, head * d), quantizer);
+      }
     }
     if (v_begin < v_end) {
       Table* v = Advance(static_cast<Table*>(b.v), token * kv_width);

@@ -9,6 +9,7 @@ namespace jax_kvcache {
 Kernel SelectBaseline(const Shape& shape);
 Kernel SelectAvx2(const Shape& shape);
 Kernel SelectAvx512(const Shape& shape);
+Kernel SelectAvx512Bf16(const Shape& shape);
 
 }  // namespace jax_kvcache
 

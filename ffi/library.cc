@@ -9,7 +9,7 @@ JAX_KVCACHE_EXPORT int jax_kvcache_ffi_api_version() {
   return XLA_FFI_API_MAJOR * 1000 + XLA_FFI_API_MINOR;
 }
 
-// The variant of the kernel in use, "baseline", "avx2" or "avx512".
+// The variant of the kernel in use, "baseline", "avx2", "avx512" or "avx512_bf16".
 JAX_KVCACHE_EXPORT const char* jax_kvcache_simd() {
   return jax_kvcache::SimdName(jax_kvcache::ActiveSimd());
 }

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jax_kvcache import _compat, _pjrt
 
@@ -164,9 +163,9 @@ def flat_slots(slots, rows: int):
     Returns:
       [*g, T] int32: group * C + slot, or -1.
     """
-    groups = slots.shape[:-1]
-    base = jnp.arange(math.prod(groups), dtype=jnp.int32).reshape(*groups, 1) * np.int32(rows)
-    inside = (slots >= 0) & (slots < np.int32(rows))
+    groups, capacity = slots.shape[:-1], jnp.asarray(rows, jnp.int32)
+    base = jnp.arange(math.prod(groups), dtype=jnp.int32).reshape(*groups, 1) * capacity
+    inside = (slots >= 0) & (slots < capacity)
     return jnp.where(inside, slots + base, jnp.full_like(slots, -1))
 
 

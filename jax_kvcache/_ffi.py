@@ -84,7 +84,7 @@ _compat.enable_donation(_ascend.PLATFORMS)  # exporting for Ascend needs no libr
 
 
 def simd() -> str | None:
-    """The kernel's instruction set, "baseline", "avx2" or "avx512"; None without the library."""
+    """The kernel's instruction set, "baseline" to "avx512_bf16"; None without the library."""
     return _library.jax_kvcache_simd().decode() if _library else None
 
 

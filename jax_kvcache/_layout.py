@@ -122,7 +122,7 @@ def result_specs(layout: Layout, kv_output: bool) -> tuple[PartitionSpec, ...]:
     return rows, kv, kv, cache, cache
 
 
-def sharding_rule(ops: Any, kv_output: bool):
+def sharding_rule(ops: Any, kv_output: bool) -> tuple[str, dict[str, int]]:
     """Shardy's rule: tokens propagate from x, heads from the caches, both to q, k and v.
 
     Tokens and caches share no factor: a cache must not take its sharding from the tokens.
@@ -142,10 +142,12 @@ def sharding_rule(ops: Any, kv_output: bool):
 
     operands = [factors(*item) for item in ops._asdict().items()]
     kv = [*tokens, "n", next(unshared)] if kv_output else [next(unshared)]
-    q_heads: str = next(unshared)
-    sizes: dict[str, int] = {}
-    if not rest:
-        q_heads, sizes = ("n", {}) if q_per_kv == 1 else ("(n p)", {"p": q_per_kv})
+    if q_per_kv == 1 and not rest:
+        q_heads, sizes = "n", {}
+    elif num_kv_heads > 1 and not rest:
+        q_heads, sizes = "(n p)", {"p": q_per_kv}
+    else:
+        q_heads, sizes = next(unshared), {}
     results = [[*tokens, q_heads, next(unshared)], kv, kv, cache, cache]
     text = [", ".join(" ".join(f) for f in side) for side in (operands, results)]
     return " -> ".join(text), sizes

@@ -8,8 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.custom_partitioning import custom_partitioning
+from jax.experimental.xla_metadata import set_xla_metadata
 from jax.sharding import AxisType, NamedSharding
 
+import jax_kvcache
+from jax_kvcache import _ffi
 from jax_kvcache._compat import is_export, num_automatic_devices
 from jax_kvcache._layout import (
     Axes,
@@ -128,7 +131,12 @@ def _explicit(call, kv_output, mesh, axes, *operands):
 
 
 def _automatic(call, kv_output, *operands):
-    """The call under XLA's partitioner, which asks for one shard's body when it gets there."""
+    """The call under XLA's partitioner, which asks for one shard's body when it gets there.
+
+    The body is no part of the program, so the program names it, for the compilation cache's key.
+    """
+    native = _ffi.unavailable("cpu") is None
+    body_name = f"{jax_kvcache.__version__}, {call.keywords}, native={native}"
 
     def partition(mesh, ops, results):
         ops = Operands(*ops)
@@ -154,7 +162,8 @@ def _automatic(call, kv_output, *operands):
     partitioned = custom_partitioning(lambda *operands: tuple(call(*operands)))
     rule, sizes = sharding_rule(Operands(*map(jax.typeof, operands)), kv_output)
     partitioned.def_partition(partition, sharding_rule=rule, **sizes)
-    return list(partitioned(*operands))
+    with set_xla_metadata(dequant_rope_quant_kvcache=body_name):
+        return list(partitioned(*operands))
 
 
 def _axes_named(mesh, axis_type):

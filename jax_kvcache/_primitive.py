@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import core, lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_kvcache import _ascend, _ffi
 from jax_kvcache._compat import requires_devices_during_lowering
@@ -143,18 +143,22 @@ ad.primitive_jvps[dequant_rope_quant_kvcache_p] = _jvp
 
 def _batch(operands, dims, **params):
     """Prepends the mapped axis to the group dimensions; nothing is folded or looped over."""
-    size = next(
-        operand.shape[dim] for operand, dim in zip(operands, dims, strict=True) if dim is not None
-    )
+    mapped = [(a, d) for a, d in zip(operands, dims, strict=True) if d is not None]
+    size = mapped[0][0].shape[mapped[0][1]]
+    mesh = mesh_of(map(jax.typeof, operands))
+    # explicit mode: the mesh axis that the mapped axis is sharded over, if any
+    shards = next(filter(None, (jax.typeof(a).sharding.spec[d] for a, d in mapped)), None)
 
     def prepend(name, operand, dim):
         if dim is not None:
-            return jnp.moveaxis(operand, dim, 0)
+            return operand if dim == 0 else jnp.moveaxis(operand, dim, 0)
         if operand.shape == (0,):  # an absent optional
             return operand
-        if name in PER_GROUP:
-            return jnp.broadcast_to(operand, (size, *operand.shape))
-        return jnp.expand_dims(operand, 0)
+        if name not in PER_GROUP:
+            return jnp.expand_dims(operand, 0)
+        spec = jax.typeof(operand).sharding.spec
+        where = None if shards is None else NamedSharding(mesh, PartitionSpec(shards, *spec))
+        return lax.broadcast(operand, (size,), out_sharding=where)
 
     batched = map(prepend, Operands._fields, operands, dims)
     results = dequant_rope_quant_kvcache_canonical(Operands(*batched), **params)

@@ -34,7 +34,11 @@ void Mutate(Random& random, Call* call, HostileDims* storage) {
       if (t.rank > 0) dims[Below(random, t.rank)] = kHostileDims[Below(random, 13)];
       break;
     case 2:  // a dimension off by a little
-      if (t.rank > 0) dims[Below(random, t.rank)] += Below(random, 5) - 2;
+      if (t.rank > 0) {
+        int64_t& dim = dims[Below(random, t.rank)];
+        if (!__builtin_add_overflow(dim, Below(random, 5) - 2, &dim)) break;
+        dim = 0;
+      }
       break;
     case 3:  // rank
       t.rank = Below(random, kMaxRank);

@@ -58,7 +58,7 @@ void TestCover(const Shape& shape, const std::vector<int32_t>& slots, int64_t th
 
 void TestDistinct() {
   Random random(1);
-  for (const int64_t count : {1, 2, 100, 2048, 2049, 50000}) {
+  for (const int64_t count : {1, 2, 100, 2048, 2049, 20000}) {
     std::vector<int32_t> slots(static_cast<size_t>(count));
     std::iota(slots.begin(), slots.end(), 0);
     Check(HasDistinctRows(slots.data(), count, 1 << 20), "increasing rows are distinct");
@@ -70,7 +70,7 @@ void TestDistinct() {
     for (int32_t& slot : skipped) slot = slot % 3 == 0 ? -1 : slot;
     Check(HasDistinctRows(skipped.data(), count, 1 << 20), "skipped tokens are no duplicates");
     Check(HasDistinctRows(std::vector<int32_t>(slots.size(), 9).data(), count, 9), "out of range");
-    for (int trial = 0; trial < 20 && count > 1; ++trial) {
+    for (int trial = 0; trial < 8 && count > 1; ++trial) {
       std::vector<int32_t> twice = slots;
       const int64_t to = Below(random, count);
       twice[static_cast<size_t>(to)] =

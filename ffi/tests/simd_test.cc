@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "../kernel.h"
 #include "check.h"
 #include "scalar_twin.h"
 
@@ -126,10 +127,12 @@ void TestWidth(bool flush) {
 }  // namespace jax_kvcache
 
 int main() {
-#if defined(__AVX512F__)
-  if (!__builtin_cpu_supports("avx512bw")) return 77;  // ctest: skipped
+#if defined(__AVX512BF16__)
+  if (!jax_kvcache::SimdSupported(jax_kvcache::Simd::kAvx512Bf16)) return 77;  // ctest: skipped
+#elif defined(__AVX512F__)
+  if (!jax_kvcache::SimdSupported(jax_kvcache::Simd::kAvx512)) return 77;
 #elif defined(__AVX2__)
-  if (!__builtin_cpu_supports("avx2")) return 77;
+  if (!jax_kvcache::SimdSupported(jax_kvcache::Simd::kAvx2)) return 77;
 #endif
   for (const bool flush : {false, true}) {
     jax_kvcache::TestWidth<jax_kvcache::kLanes>(flush);

@@ -68,5 +68,5 @@ def nll_int8_cache(
 @jax.jit
 def nll_float_cache(model: Model, tokens: jax.Array, targets: jax.Array) -> jax.Array:
     """`window_nll` of windows whose k and v were never quantised: [B] float32."""
-    logits, _, _ = forward_float(model, tokens)
+    logits = forward_float(model, tokens).logits
     return window_nll(logits, tokens, targets)

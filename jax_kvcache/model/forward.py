@@ -1,6 +1,7 @@
 """The demo model's forward pass: with the int8 cache, and with a float cache to compare it to."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -68,13 +69,29 @@ def forward(
     return _logits(model, x), cache
 
 
+class FloatForward(NamedTuple):
+    """What `forward_float` returns.
+
+    Attributes:
+      logits: [B, S, vocab] float32 of the byte after each.
+      q: [L, B, S, Nq, D] in the dtype of the RoPE tables, after RoPE.
+      k: [L, B, S, Nkv, D] that attention read, after RoPE.
+      v: [L, B, S, Nkv, D] that attention read.
+    """
+
+    logits: jax.Array
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+
+
 def forward_float(
     model: Model,
     tokens: jax.Array,
     *,
     table_dtype: DTypeLike = jnp.bfloat16,
     kv_map: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]] | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> FloatForward:
     """Reads whole texts with a float cache: the same model, its k and v never quantised.
 
     Args:
@@ -85,8 +102,7 @@ def forward_float(
         traced int32 scalar, k and v are [B, S, Nkv, D].
 
     Returns:
-      logits [B, S, vocab] float32 of the byte after each, and the k and v that attention read,
-      [L, B, S, Nkv, D].
+      The logits, and what attention read.
     """
     config = model.config
     batch, length = tokens.shape
@@ -126,11 +142,11 @@ def forward_float(
         attended = jnp.einsum(
             "bngsc,bcnd->bsngd", jax.nn.softmax(scores, axis=-1), v.astype(jnp.float32)
         )
-        return _finish_layer(config, x, attended, weights), (k, v)
+        return _finish_layer(config, x, attended, weights), (q, k, v)
 
     indices = jnp.arange(config.n_layers, dtype=jnp.int32)
-    x, (k, v) = jax.lax.scan(layer, model.embed[tokens], (indices, model.layers))
-    return _logits(model, x), k, v
+    x, qkv = jax.lax.scan(layer, model.embed[tokens], (indices, model.layers))
+    return FloatForward(_logits(model, x), *qkv)
 
 
 def _rms_norm(x: jax.Array, gain: jax.Array, eps: float) -> jax.Array:

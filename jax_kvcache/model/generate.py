@@ -92,5 +92,5 @@ def greedy_with_float_cache(model: Model, text: bytes) -> np.ndarray:
     """The greedy choice after every byte of a text, made with a float cache: [len(text)] int32."""
     tokens = np.zeros((1, model.config.context), np.int32)  # causal: what follows is not seen
     tokens[0, : len(text)] = np.frombuffer(text, np.uint8)
-    logits, _, _ = jax.jit(forward_float)(model, jnp.asarray(tokens))
+    logits = jax.jit(forward_float)(model, jnp.asarray(tokens)).logits
     return np.asarray(jnp.argmax(logits[0, : len(text)], axis=-1), np.int32)

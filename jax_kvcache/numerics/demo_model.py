@@ -32,11 +32,12 @@ def keys_and_values(model, tokens, targets=None) -> dict[str, jax.Array]:
     Returns:
       "k" and "v": [B, S, L, Nkv, D] float32.
     """
-    _, *kv = forward_float(model, tokens, table_dtype=jnp.float32)
+    read = forward_float(model, tokens, table_dtype=jnp.float32)
+    kv = [read.k, read.v]
     if targets is not None:
         steps = jnp.arange(tokens.shape[1], dtype=jnp.int32)
-        read = (steps[None, :] <= targets[:, None]) & (targets[:, None] > 0)
-        kv = [jnp.where(read[None, :, :, None, None], a, jnp.nan) for a in kv]
+        was_read = (steps[None, :] <= targets[:, None]) & (targets[:, None] > 0)
+        kv = [jnp.where(was_read[None, :, :, None, None], a, jnp.nan) for a in kv]
     return {name: jnp.moveaxis(a, 0, 2) for name, a in zip("kv", kv, strict=True)}
 
 
@@ -93,9 +94,9 @@ def predict(model, tokens, baseline=None, calibrations=None, format=None) -> Pre
             for name, values in zip("kv", kv, strict=True)
         )
 
-    logits, _, _ = forward_float(
+    logits = forward_float(
         model, tokens, table_dtype=jnp.float32, kv_map=None if format is None else kv_map
-    )
+    ).logits
     baseline = logits if baseline is None else baseline
     last = jnp.full(tokens.shape[:1], tokens.shape[1] - 1, jnp.int32)
     return Prediction(

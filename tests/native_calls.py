@@ -1,0 +1,45 @@
+"""Direct calls of the native CPU target, without the operator's Python checks."""
+
+import ctypes
+import os
+
+import jax
+import numpy as np
+
+from jax_kvcache import _ffi
+from jax_kvcache._checks import Call
+from jax_kvcache._op import canonical_operands
+from jax_kvcache._reference import Operands
+
+LIBRARY = ctypes.CDLL(str(_ffi.LIBRARY))
+LIBRARY.jax_kvcache_use_simd.restype = ctypes.c_bool
+SIMD = [
+    name
+    for name in ("baseline", "avx2", "avx512", "avx512_bf16")
+    if LIBRARY.jax_kvcache_use_simd(name.encode())  # leaves the last one, the best, in use
+]
+THREADS = len(os.sched_getaffinity(0))
+
+
+def results_of(operands: Operands, kv_output: bool) -> list[jax.ShapeDtypeStruct]:
+    *tokens, H = operands.x.shape
+    *_, Nkv, D = operands.k_cache.shape
+    kv = (*tokens, Nkv, D) if kv_output else (0,)
+    shapes = [(*tokens, H // D - 2 * Nkv, D), kv, kv]
+    outputs = [jax.ShapeDtypeStruct(shape, operands.cos.dtype) for shape in shapes]
+    caches = (operands.k_cache, operands.v_cache)
+    return [*outputs, *(jax.ShapeDtypeStruct(c.shape, c.dtype) for c in caches)]
+
+
+def call(operands, results, *, aliases=None, **attributes):
+    aliases = {3: 3, 4: 4} if aliases is None else aliases
+    target = jax.ffi.ffi_call(_ffi.TARGET, results, input_output_aliases=aliases)
+    return jax.jit(lambda *args: target(*args, **attributes))(*operands)
+
+
+def canonical(inputs: dict, **options) -> Operands:
+    return canonical_operands(Call(**inputs, **options))[0]
+
+
+def in_order(operands: Operands) -> list[np.ndarray]:
+    return [np.asarray(operand) for operand in operands]
