@@ -15,7 +15,7 @@ namespace {
 constexpr char kGetWorkspaceSize[] = "aclnnDequantRopeQuantKvcacheGetWorkspaceSize";
 constexpr char kLaunch[] = "aclnnDequantRopeQuantKvcache";
 
-void AddOnce(std::vector<std::string>* list, std::string entry) {
+void AddOnce(std::vector<std::string>* list, const std::string& entry) {
   if (std::find(list->begin(), list->end(), entry) == list->end()) list->push_back(entry);
 }
 
@@ -56,7 +56,7 @@ std::vector<std::string> OperatorPlaces() {
   for (const std::string& entry : Entries("ASCEND_CUSTOM_OPP_PATH")) {
     places.push_back(entry + "/op_api/lib/libcust_opapi.so");
   }
-  for (std::string& place : Places("libopapi.so")) places.push_back(std::move(place));
+  for (const std::string& place : Places("libopapi.so")) places.push_back(place);
   for (const std::string& folder : ToolkitFolders()) {
     glob_t found = {};
     if (glob((folder + "libopapi_*.so").c_str(), 0, nullptr, &found) == 0) {

@@ -102,7 +102,7 @@ def test_status(status, name, code, advice, standin):
     assert advice in message
 
 
-def target(**changes):
+def target(aliases=((3, 3), (4, 4)), **changes):
     """The FFI target called directly, past the lowering's checks."""
     operands = {
         "x": jnp.ones((2, 1, 256), jnp.float16), "cos": jnp.ones((2, 1, 64), jnp.float16),
@@ -117,7 +117,7 @@ def target(**changes):
         *[jax.ShapeDtypeStruct(cache.shape, jnp.int8)] * 2,
     ]
     function = jax.ffi.ffi_call(
-        "dequant_rope_quant_kvcache", results, input_output_aliases={3: 3, 4: 4}
+        "dequant_rope_quant_kvcache", results, input_output_aliases=dict(aliases)
     )
     absent = [jnp.zeros((0,), jnp.float32)] * 5
     return jax.block_until_ready(
@@ -134,6 +134,8 @@ def test_the_handler_checks_for_itself(standin):
         target(scale_k=jnp.ones((2, 1, 64)))
     with pytest.raises(ERRORS, match="`scale_k` must have shape"):
         target(scale_k=jnp.ones((1, 1, 32)))
+    with pytest.raises(ERRORS, match="`v_cache` must be the memory of its result"):
+        target(aliases=((3, 3),))
     assert standin.launches == 1
 
 

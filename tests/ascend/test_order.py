@@ -104,7 +104,7 @@ def test_eight_devices_at_once(standin):
     check(first, call)
     caches = {"k_cache": first.k_cache, "v_cache": first.v_cache}
     addresses = [s.data.unsafe_buffer_pointer() for s in first.k_cache.addressable_shards]
-    second = step(**arrays | caches)
+    second = jax.block_until_ready(step(**arrays | caches))
     after = [s.data.unsafe_buffer_pointer() for s in second.k_cache.addressable_shards]
     assert after == addresses
     events = standin.ledger()["events"]
