@@ -249,7 +249,9 @@ left.set_xscale("log")
 left.set_xlabel("flipped codes per million")
 for row, value in enumerate(per_million):
     left.text(value, row, f" {value:,.1f}", va="center", fontsize=9)
-left.set_xlim(right=max(per_million) * 8)
+left.set_xlim(0.1, max(per_million) * 8)
+left.grid(axis="y", visible=False)
+left.set_axisbelow(True)
 styles = {
     "fused multiply-add": ("#D55E00", "-"),
     "reciprocal": ("#0072B2", "--"),
@@ -264,7 +266,7 @@ right.set(
     xlabel="distance of z from the nearest half (codes)", ylabel="share of the flipped codes",
     xlim=(1e-8, 1),
 )  # fmt: skip
-right.legend(fontsize=9, loc="upper left")
+right.legend(fontsize=9, loc="center left")
 plt.show()
 
 for name in ("fused multiply-add", "reciprocal"):
