@@ -10,7 +10,7 @@ INT32_MAX = 2**31 - 1
 _INT = (jnp.dtype("int32"),)
 _INT8 = (jnp.dtype("int8"),)
 _FLOAT32 = (jnp.dtype("float32"),)
-_FLOATS = (jnp.dtype("float16"), jnp.dtype(jnp.bfloat16), jnp.dtype("float32"))
+FLOATS = (jnp.dtype("float16"), jnp.dtype(jnp.bfloat16), jnp.dtype("float32"))
 
 
 class Call(NamedTuple):
@@ -85,7 +85,8 @@ def check_shape(name, value, *allowed):
 
 def check_choice(name, value, choices):
     """Raises ValueError unless `value` is one of `choices`."""
-    if not any(value is choice or value == choice for choice in choices):
+    scalar = value is None or isinstance(value, str | bool | np.bool_)
+    if not scalar or value not in choices:
         raise ValueError(f"`{name}` must be {' or '.join(map(repr, choices))}, got {value!r}.")
 
 
@@ -105,6 +106,21 @@ def check_row_count(name, letters, dims):
             f"`{name}` must have at most {INT32_MAX} rows in one slot space, got "
             f"{letters} = {rows}. Split the cache."
         )
+
+
+def check_splits(size_splits) -> tuple[int, ...]:
+    """Returns three ints; raises TypeError unless `size_splits` is that."""
+    try:
+        splits = tuple(size_splits)
+    except TypeError:
+        splits = ()
+    if len(splits) != 3 or not all(
+        isinstance(s, int | np.integer) and not isinstance(s, bool) for s in splits
+    ):
+        raise TypeError(
+            f"`size_splits` must be three ints (Nq*D, Nkv*D, Nkv*D), got {size_splits!r}."
+        )
+    return tuple(map(int, splits))  # NumPy's small ints would overflow in their sum
 
 
 def _check_caches(k_cache, v_cache):
@@ -131,16 +147,7 @@ def _check_size_splits(size_splits, width, num_kv_heads, head_dim):
                 f"from `k_cache`, got H = {width}."
             )
         return q_width // head_dim
-    try:
-        splits = tuple(size_splits)
-    except TypeError:
-        splits = ()
-    if len(splits) != 3 or not all(
-        isinstance(s, int | np.integer) and not isinstance(s, bool) for s in splits
-    ):
-        raise TypeError(
-            f"`size_splits` must be three ints (Nq*D, Nkv*D, Nkv*D), got {size_splits!r}."
-        )
+    splits = check_splits(size_splits)
     q_width = splits[0]
     if splits[1:] != (kv_width, kv_width) or q_width <= 0 or q_width % head_dim:
         raise ValueError(
@@ -151,7 +158,7 @@ def _check_size_splits(size_splits, width, num_kv_heads, head_dim):
         raise ValueError(
             f"`size_splits` must add up to H = {width}, got {splits} with sum {sum(splits)}."
         )
-    return int(q_width) // head_dim
+    return q_width // head_dim
 
 
 def check_call(call: Call) -> Sizes:
@@ -164,7 +171,7 @@ def check_call(call: Call) -> Sizes:
     check_choice("indices_mode", call.indices_mode, ("drop", "promise_in_bounds"))
     check_choice("implementation", call.implementation, (None, "ffi", "xla"))
 
-    check_array("x", x, _INT + _FLOATS, (2, 3))
+    check_array("x", x, _INT + FLOATS, (2, 3))
     check_positive("x", x, ("B", "S", "H") if len(x.shape) == 3 else ("B", "H"))
     _check_caches(k_cache, call.v_cache)
     B, S, H = (x.shape[0], x.shape[1] if len(x.shape) == 3 else None, x.shape[-1])
@@ -175,7 +182,7 @@ def check_call(call: Call) -> Sizes:
     num_tokens = B if S is None else B * S
 
     tables = ("B, D", (B, D)) if S is None else ("B, S, 1, D", (B, S, 1, D))
-    table_dtypes = _FLOATS if x.dtype in _INT else (jnp.dtype(x.dtype),)
+    table_dtypes = FLOATS if x.dtype in _INT else (jnp.dtype(x.dtype),)
     check_array("cos", call.cos, table_dtypes, (len(tables[1]),))
     check_array("sin", call.sin, (jnp.dtype(call.cos.dtype),), (len(tables[1]),))
     check_shape("cos", call.cos, tables)
@@ -210,7 +217,7 @@ def check_call(call: Call) -> Sizes:
         flat = ("B" if S is None else "B*S", (num_tokens,))
         check_shape("activation_scale", call.activation_scale, flat, (letters, sizes.tokens))
     if call.bias is not None:
-        check_array("bias", call.bias, _FLOATS + _INT, (1,))
+        check_array("bias", call.bias, FLOATS + _INT, (1,))
         check_shape("bias", call.bias, ("H", (H,)))
 
     if cache_mode == "contiguous":

@@ -42,11 +42,14 @@ def explain(*args, platform: str | None = None, **kwargs) -> Explanation:
     """
     call = Call(*args, **kwargs)
     check_call(call)
-    arrays = {k: v for k, v in call._asdict().items() if hasattr(v, "shape")}
+    call = call._replace(size_splits=None)  # checked, and the shapes say the same
+    arrays = {k: v for k, v in call._asdict().items() if getattr(v, "shape", ()) != ()}
     operands = jax.eval_shape(
         lambda arrays: canonical_operands(call._replace(**arrays))[0],
         {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in arrays.items()},
     )
+    if platform is not None and not isinstance(platform, str):
+        raise TypeError(f"`platform` must be a str, got {platform!r}.")
     platform = platform or jax.default_backend()
     asked = call.implementation
     if asked == "xla":

@@ -164,7 +164,7 @@ def dequant_rope_quant_kvcache_reference(*operands, kv_output, indices_mode):
     else:
         y = ops.x
     compute_dtype = jnp.float16 if dtype == jnp.float16 else jnp.float32
-    heads = y.reshape(*y.shape[:-1], -1, head_dim)
+    heads = y.reshape(*y.shape[:-1], y.shape[-1] // head_dim, head_dim)
     rotated = apply_rope(
         heads[..., :-num_kv_heads, :].astype(compute_dtype),
         ops.cos.astype(compute_dtype),

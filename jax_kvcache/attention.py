@@ -2,9 +2,11 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
-from jax_kvcache._cache import check_int32, check_layer
+from jax_kvcache._cache_checks import check_caches, check_int32, layer_index
+from jax_kvcache._checks import FLOATS, check_array
 from jax_kvcache.cache import KVCache, PagedKVCache
 
 # Rows of each sequence that one step of the loop reads.  Long enough that a step's work hides the
@@ -52,19 +54,20 @@ def decode_attention(
       TypeError: a dtype or rank is not as above, or an argument does not go with this cache.
       ValueError: a shape is not as above.
     """
-    lengths = check_int32("lengths", lengths, "B")
+    lengths = jnp.maximum(check_int32("lengths", lengths, "B"), 0)
     table = None if block_table is None else check_int32("block_table", block_table, "B, M")
-    _check(q, cache, lengths, table, layer)
+    _check(q, cache, lengths, table, scale)
+    at = layer_index(cache.layers, layer)
+    layer = None if at is None else at[0]
     batch, steps, q_heads, head_dim = q.shape
     kv_heads = cache.k_cache.shape[-2]
     scale_k, scale_v, offset_v = cache.scale_k, cache.scale_v, cache.offset_v
     if layer is not None:
-        layer = jnp.asarray(layer, jnp.int32)
         scale_k, scale_v = scale_k[layer], scale_v[layer]
         offset_v = None if offset_v is None else offset_v[layer]
 
     factor = scale_k * (head_dim**-0.5 if scale is None else scale)  # [Nkv, D]
-    grouped = q.astype(jnp.float32).reshape(batch, steps, kv_heads, -1, head_dim)
+    grouped = q.astype(jnp.float32).reshape(batch, steps, kv_heads, q_heads // kv_heads, head_dim)
     grouped = grouped * factor[None, None, :, None, :]
     capacity = (cache.k_cache.shape[-3]) * (1 if table is None else table.shape[1])
     chunk = min(_CHUNK_ROWS, capacity)
@@ -79,7 +82,8 @@ def decode_attention(
 
     def fold_in(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         """Adds one chunk of rows to the running softmax."""
-        peak, total, sums = state  # [B, Nkv, G, S], the same, [B, Nkv, G, S, D]
+        # [B, 1, 1, S], [B, Nkv, G, S], the same, [B, Nkv, G, S, D]
+        any_seen, peak, total, sums = state
         first = jnp.minimum(i * chunk, capacity - chunk)
         rows = first + jnp.arange(chunk, dtype=jnp.int32)
         fresh = (rows >= i * chunk)[None, :]  # the last chunk reaches back to stay inside
@@ -96,6 +100,7 @@ def decode_attention(
         kept = jnp.exp(peak - new_peak)
         values = jnp.einsum("bngsc,bcnd->bngsd", weights, read(cache.v_cache, rows, blocks))
         return (
+            any_seen | seen.any(axis=-1),
             new_peak,
             total * kept + weights.sum(axis=-1),
             sums * kept[..., None] + values,
@@ -104,13 +109,14 @@ def decode_attention(
     start = jnp.zeros_like(grouped.transpose(0, 2, 3, 1, 4))  # [B, Nkv, G, S, D]
     peak = jnp.full_like(start[..., 0], jnp.finfo(jnp.float32).min)
     longest = jnp.clip(lengths.max(initial=0), 0, capacity)
-    _, total, sums = jax.lax.fori_loop(
-        0, -(-longest // chunk), fold_in, (peak, start[..., 0], start)
+    any_seen = jnp.zeros_like(peak[:, :1, :1], bool)
+    any_seen, _, total, sums = jax.lax.fori_loop(
+        0, -(-longest // chunk), fold_in, (any_seen, peak, start[..., 0], start)
     )
     mean = sums / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]
     if offset_v is not None:
         mean = mean - offset_v[None, :, None, None, :]
-    out = jnp.where((total > 0)[..., None], mean * scale_v[None, :, None, None, :], 0.0)
+    out = jnp.where(any_seen[..., None], mean * scale_v[None, :, None, None, :], 0.0)
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, steps, q_heads, head_dim).astype(q.dtype)
 
 
@@ -140,16 +146,17 @@ def _check(
     cache: KVCache | PagedKVCache,
     lengths: jax.Array,
     table: jax.Array | None,
-    layer: ArrayLike | None,
+    scale: float | None,
 ) -> None:
     """Raises for every argument of `decode_attention` that does not fit the others."""
     if not isinstance(cache, KVCache | PagedKVCache):
         raise TypeError(f"`cache` must be a KVCache or a PagedKVCache, got {type(cache).__name__}.")
-    if q.ndim != 4 or not jnp.issubdtype(q.dtype, jnp.floating):
-        raise TypeError(
-            f"`q` must be floating-point of shape [B, S, Nq, D], "
-            f"got {q.dtype} of shape {list(q.shape)}."
-        )
+    check_caches(cache)
+    check_array("q", q, FLOATS, (4,))
+    number = isinstance(scale, int | float | np.integer | np.floating)
+    scalar = getattr(scale, "shape", None) == () and jnp.issubdtype(scale.dtype, jnp.floating)
+    if scale is not None and not (number or scalar):
+        raise TypeError(f"`scale` must be a real number, got {scale!r}.")
     batch, _, q_heads, head_dim = q.shape
     for name, value in (("lengths", lengths), ("block_table", table)):
         if value is not None and value.shape[0] != batch:
@@ -162,7 +169,6 @@ def _check(
             "`q` must have shape [B, S, Nq, D] with D = "
             f"{cache_dim} and Nq a multiple of Nkv = {kv_heads}, got {list(q.shape)}."
         )
-    check_layer(cache, layer)
     if isinstance(cache, KVCache):
         if table is not None:
             raise TypeError(

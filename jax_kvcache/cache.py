@@ -5,9 +5,11 @@ from typing import Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
-from jax_kvcache._cache import CacheBase, check_int32, check_positions, empty_fields
+from jax_kvcache._cache import CacheBase
+from jax_kvcache._cache_checks import check_int32, check_positions, empty_fields
 from jax_kvcache._checks import INT32_MAX
 
 
@@ -243,8 +245,11 @@ def slots_from_block_table(
     """
     positions = check_int32("positions", positions, "B, S")
     block_table = check_int32("block_table", block_table, "B, M", (positions.shape[0], None))
-    if block_size < 1:
-        raise ValueError(f"`block_size` must be at least 1, got {block_size}.")
+    if isinstance(block_size, bool) or not isinstance(block_size, int | np.integer):
+        raise TypeError(f"`block_size` must be an int, got {block_size!r}.")
+    block_size = int(block_size)
+    if not 1 <= block_size <= INT32_MAX:
+        raise ValueError(f"`block_size` must be in [1, {INT32_MAX}], got {block_size}.")
     entries = block_table.shape[1]
     entry = positions // block_size
     known = (positions >= 0) & (entry < entries)

@@ -1,9 +1,13 @@
 """Tables of the rotary position embedding, in the shape that the operator takes."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
+
+from jax_kvcache._checks import INT32_MAX
 
 
 def rope_tables(
@@ -30,16 +34,21 @@ def rope_tables(
       TypeError: `positions` or `dtype` has a dtype or a rank that is not listed above.
       ValueError: `head_dim` is not an even number above 0, or `theta` is not above 0.
     """
-    positions = jnp.asarray(positions)
+    if not isinstance(positions, jax.Array):
+        positions = np.asarray(positions)
+        if positions.dtype.kind in "iu" and positions.size:
+            if positions.max() > INT32_MAX or positions.min() < -INT32_MAX:
+                raise ValueError(f"`positions` must fit into int32, got {positions.max()}.")
+            positions = positions.astype(np.int32)
     if positions.ndim != 2 or not jnp.issubdtype(positions.dtype, jnp.integer):
         raise TypeError(
             "`positions` must be integers of shape [B, S], "
             f"got {positions.dtype} of shape {list(positions.shape)}."
         )
-    if head_dim <= 0 or head_dim % 2:
+    if not isinstance(head_dim, int | np.integer) or head_dim <= 0 or head_dim % 2:
         raise ValueError(f"`head_dim` must be even and above 0, got {head_dim}.")
-    if not theta > 0:
-        raise ValueError(f"`theta` must be above 0, got {theta}.")
+    if not isinstance(theta, int | float | np.number) or not 0 < theta < math.inf:
+        raise ValueError(f"`theta` must be a finite number above 0, got {theta!r}.")
     if jnp.dtype(dtype) not in (jnp.float16, jnp.bfloat16, jnp.float32):
         raise TypeError(
             f"`dtype` must be float16, bfloat16 or float32, got {jnp.dtype(dtype).name}."

@@ -8,16 +8,19 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
+from jax_kvcache._checks import INT32_MAX, check_array, check_splits
 from jax_kvcache._layout import own_slots
 
 
 def _column_order(width, size_splits, shards) -> np.ndarray:
-    splits = tuple(size_splits)
-    if len(splits) != 3 or sum(splits) != width:
+    splits = check_splits(size_splits)
+    if min(splits) < 1 or sum(splits) != width:
         raise ValueError(
             f"`size_splits` must be three widths (q, k, v) that add up to {width}, the last "
             f"dimension of `w`, got {splits}."
         )
+    if isinstance(shards, bool) or not isinstance(shards, int | np.integer):
+        raise TypeError(f"`shards` must be an int, got {shards!r}.")
     if shards < 1 or any(split % shards for split in splits):
         raise ValueError(f"`shards` must divide each of `size_splits` = {splits}, got {shards}.")
     blocks = np.split(np.arange(width), np.cumsum(splits)[:2])
@@ -46,7 +49,8 @@ def interleave_qkv_for_tensor_parallel(
       [..., H], a permutation of the columns.
 
     Raises:
-      ValueError: widths that do not add up to H, or that `shards` does not divide.
+      TypeError: widths or `shards` that are not ints.
+      ValueError: widths below 1, that do not add up to H, or that `shards` does not divide.
     """
     w = jnp.asarray(w)
     return w[..., _column_order(w.shape[-1], size_splits, shards)]
@@ -75,5 +79,18 @@ def local_slots(indices: ArrayLike, rows: int, axis_name: Hashable) -> jax.Array
     Returns:
       int32 slots of the shard, in the shape of `indices`; -1, which the operator skips, for a slot
       that is another device's or no slot at all.
+
+    Raises:
+      TypeError: `indices` is not an int32 array of 1 or 2 dimensions, or `rows` is not an int.
+      ValueError: the devices together have more rows than int32 counts.
     """
+    if isinstance(rows, bool) or not isinstance(rows, int | np.integer):
+        raise TypeError(f"`rows` must be an int, got {rows!r}.")
+    check_array("indices", indices, (jnp.dtype("int32"),), (1, 2))
+    total = int(rows) * lax.axis_size(axis_name)
+    if not 1 <= total <= INT32_MAX:
+        raise ValueError(
+            f"`rows` times the {lax.axis_size(axis_name)} devices of '{axis_name}' must be in "
+            f"[1, {INT32_MAX}], got {total}."
+        )
     return own_slots(jnp.asarray(indices), (rows,), (axis_name,), (lax.axis_size(axis_name),))

@@ -40,7 +40,7 @@ def test_create_paged_refuses():
 
 UPDATE = [
     ("contiguous", None, {"positions": np.zeros((B, S), np.int32)}, TypeError,
-     r"`positions` must be int32 of shape \[B\], got int32 of shape \[3, 2\]"),
+     r"`positions` must be 1-D, got 2-D \[3, 2\]"),
     ("contiguous", None, {"positions": np.zeros(B, np.float32)}, TypeError, "got float32"),
     ("contiguous", None, {"block_table": test_cache.TABLE}, TypeError,
      "`block_table` must be None for a KVCache: only"),
@@ -49,14 +49,14 @@ UPDATE = [
     ("contiguous", 3, {}, TypeError, "`layer` is required for a cache with 3 layers, got None"),
     ("contiguous", 3, {"layer": 3}, ValueError, r"`layer` must be in \[0, 3\), got 3"),
     ("contiguous", 3, {"layer": np.zeros(2, np.int32)}, TypeError,
-     r"`layer` must be an integer scalar, got int32 of shape \[2\]"),
+     "`layer` must be an integer scalar, got array"),
     ("contiguous", 3, {"layer": 0, "weight_scale": None}, TypeError, "`weight_scale` is required"),
     ("contiguous", 3, {"layer": 0, "x": np.zeros((B, S, 100), np.int32)}, ValueError,
      "`x` must have H"),
     ("contiguous", None, {"implementation": "cuda"}, ValueError, "`implementation` must be"),
     ("paged", None, {}, TypeError, "`block_table` is required for a PagedKVCache, got None"),
     ("paged", None, {"block_table": test_cache.TABLE}, TypeError,
-     r"`positions` must be int32 of shape \[B, S\], got int32 of shape \[3\]"),
+     r"`positions` must be 2-D, got 1-D \[3\]"),
     ("paged", 3, {"block_table": test_cache.TABLE, "positions": np.zeros((B, 9), np.int32),
                   "layer": 1}, ValueError,
      r"`positions` must have shape \[B, S\] = \[3, 2\], got \[3, 9\]"),
@@ -80,13 +80,13 @@ def test_update_refuses(kind, layers, options, error, message):
     ("arguments", "error", "message"),
     [
         ((np.zeros(3, np.int32), np.zeros((3, 1), np.int32), 4), TypeError,
-         r"`block_table` .* \[B, M\]"),
+         "`block_table` must be 2-D, got 1-D"),
         ((np.zeros((3, 1)), np.zeros((3, 1), np.int32), 4), TypeError,
-         "`block_table` .* got float32"),
+         "`block_table` must have dtype int32, got float"),
         ((np.zeros((2, 1), np.int32), np.zeros((3, 1), np.int32), 4), ValueError,
          r"`block_table` must have shape \[B, M\] = \[3, any\], got \[2, 1\]"),
         ((np.zeros((3, 1), np.int32), np.zeros((3, 1), np.int32), 0), ValueError,
-         "`block_size` must be at least 1, got 0"),
+         r"`block_size` must be in \[1, 2147483647\], got 0"),
     ],
 )  # fmt: skip
 def test_slots_from_block_table_refuses(arguments, error, message):

@@ -179,6 +179,11 @@ CASES = {
         "`cache_mode` must be 'contiguous' or 'page', got 'paged'",
     ),
     "kv_output": ({"kv_output": "yes"}, ValueError, "`kv_output` must be False or True, got 'yes'"),
+    "kv_output_array": (
+        {"kv_output": np.array([True, True])},
+        ValueError,
+        "`kv_output` must be False or True, got array",
+    ),
     "indices_mode": ({"indices_mode": "clip"}, ValueError, "`indices_mode` must be 'drop' or"),
     "implementation": (
         {"implementation": "cuda"},

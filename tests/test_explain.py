@@ -2,6 +2,7 @@
 
 import calls
 import jax
+import numpy as np
 import pytest
 
 import jax_kvcache
@@ -11,6 +12,23 @@ from jax_kvcache import dequant_rope_quant_kvcache, explain
 def test_xla_is_asked_for():
     answer = explain(**calls.arguments(), implementation="xla")
     assert answer == ("cpu", "xla", "asked for")
+
+
+def test_it_takes_what_the_operator_takes():
+    call = calls.ones(B=2, S=3, Nq=1, Nkv=1, D=64)
+    for options in (
+        {"size_splits": np.array([64, 64, 64], np.int8)},
+        {"size_splits": iter((64, 64, 64))},
+        {"kv_output": np.bool_(True)},
+        {"cache_mode": np.str_("contiguous"), "implementation": np.str_("xla")},
+    ):
+        assert explain(**call, **options).platform == "cpu"
+    assert dequant_rope_quant_kvcache(**call, size_splits=iter((64, 64, 64))).q.shape[2] == 1
+
+
+def test_platform_is_a_name():
+    with pytest.raises(TypeError, match="`platform` must be a str, got 5"):
+        explain(**calls.arguments(), platform=5)
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
