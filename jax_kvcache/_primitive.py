@@ -172,15 +172,33 @@ batching.primitive_batchers[dequant_rope_quant_kvcache_p] = _batch
 # lowering and export take the same road
 
 
+def native_layouts(ops: Operands):
+    """Row-major layouts, major to minor, None where that is the only way to say it.
+
+    With one token per group the tables [*g, 1, D] come from a reshape, for which XLA in jaxlib 0.10
+    names the same order of bytes with the token dimension first; it copies where that name differs.
+    """
+    layouts: list[tuple[int, ...] | None] = [None] * len(ops)
+    rank = ops.cos.ndim
+    if rank > 2 and ops.cos.shape[-2] == 1:
+        for name in ("cos", "sin"):
+            layouts[Operands._fields.index(name)] = (rank - 2, *range(rank - 2), rank - 1)
+    return layouts
+
+
 def _native_call(*operands, platform, kv_output, **_):
     results = _abstract_eval(
         *map(jax.typeof, operands), kv_output=kv_output, indices_mode="", implementation=None
     )
     if platform in _ascend.PLATFORMS:
         operands = _ascend.native_operands(Operands(*operands))
-    return jax.ffi.ffi_call(_ffi.TARGET, results, input_output_aliases={3: 3, 4: 4})(
-        *operands, kv_output=kv_output
+    call = jax.ffi.ffi_call(
+        _ffi.TARGET,
+        results,
+        input_output_aliases={3: 3, 4: 4},
+        input_layouts=native_layouts(Operands(*operands)),
     )
+    return call(*operands, kv_output=kv_output)
 
 
 def _native_abstract_eval(*avals, platform, **params):

@@ -163,8 +163,8 @@ inline RandomCall MakeRandomCall(Random& random, const Sizes& s, bool any_bits) 
   c.args[kWeightScale].Reset(DType::kF32,
                              quantized ? parameter({hidden}) : std::vector<int64_t>{0});
   c.args[kActivationScale].Reset(DType::kF32, activation ? token({}) : std::vector<int64_t>{0});
-  c.args[kBias].Reset(bias ? kBiases[Below(random, 4)] : DType::kF32,
-                      bias ? parameter({hidden}) : std::vector<int64_t>{0});
+  const DType bias_dtype = bias ? kBiases[Below(random, 4)] : DType::kF32;
+  c.args[kBias].Reset(bias_dtype, bias ? parameter({hidden}) : std::vector<int64_t>{0});
   c.rets[kQOut].Reset(table, token({s.num_q, s.head_dim}));
   for (const Ret ret : {kKOut, kVOut}) {
     c.rets[ret].Reset(table, c.kv_output ? token(heads) : std::vector<int64_t>{0});

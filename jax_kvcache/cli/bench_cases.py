@@ -11,6 +11,7 @@ import numpy as np
 from jax_kvcache import _ffi, dequant_rope_quant_kvcache
 from jax_kvcache._checks import Call
 from jax_kvcache._op import canonical_operands
+from jax_kvcache._primitive import native_layouts
 
 EMPTY = f"{_ffi.TARGET}_empty"
 MEMCPY = "jax_kvcache_memcpy"
@@ -145,7 +146,7 @@ def empty(caches, inputs, *, cache_mode):
     outputs = [jax.ShapeDtypeStruct((B, S, n, D), call.cos.dtype) for n in heads]
     results = [*outputs, *(jax.ShapeDtypeStruct(c.shape, c.dtype) for c in caches)]
     *outputs, k_cache, v_cache = jax.ffi.ffi_call(
-        EMPTY, results, input_output_aliases={3: 3, 4: 4}
+        EMPTY, results, input_output_aliases={3: 3, 4: 4}, input_layouts=native_layouts(operands)
     )(*operands, kv_output=True)
     return outputs, (k_cache, v_cache)
 
