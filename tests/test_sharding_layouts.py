@@ -30,6 +30,8 @@ def test_layout(name, shape, kind, implementation):
             implementation=implementation,
         ),
         donate_argnames=("k_cache", "v_cache"),
+        # in automatic mode what comes after says where q, k and v are wanted: here, where they are
+        out_shardings=layouts.result_shardings(layout, mesh) if kind == "automatic" else None,
     )
     compiled = step.lower(**arguments).compile()
     text = compiled.as_text()
@@ -39,4 +41,6 @@ def test_layout(name, shape, kind, implementation):
     result = compiled(**arguments)
     assert cache.is_deleted()
     assert result.k_cache.sharding.is_equivalent_to(cache.sharding, 4)
+    rows = layouts.result_shardings(layout, mesh).q
+    assert result.q.sharding.is_equivalent_to(rows, 4)
     layouts.check(result, layout)
