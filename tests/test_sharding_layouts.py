@@ -66,3 +66,12 @@ def test_a_promise_holds_for_the_whole_cache(kind):
     result = jax.jit(promised)(**layouts.placed(layout, mesh) | {"indices": slots})
     for actual, want in zip(result, expected, strict=True):
         oracle.assert_same_bits(actual, want)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_eagerly(kind):
+    layout = layouts.LAYOUTS["batch_heads"]
+    mesh = jax.make_mesh((2, 2), ("dp", "tp"), (KINDS[kind],) * 2)
+    result = dequant_rope_quant_kvcache(**layouts.placed(layout, mesh), kv_output=True)
+    assert result.k_cache.sharding.is_equivalent_to(jax.NamedSharding(mesh, layout.cache), 4)
+    layouts.check(result, layout)
