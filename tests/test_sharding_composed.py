@@ -108,7 +108,7 @@ def scan_of_shard_map(mesh, one, caches, steps, params):
     return q, *caches
 
 
-def run(function, mesh, columns):
+def run(function, mesh, columns, q_spec=None):
     caches, steps, params = inputs()
     where_x = P(None, "dp", None, columns)
 
@@ -125,7 +125,9 @@ def run(function, mesh, columns):
         name: place(v, P(columns) if name == "weight_scale" else P("tp"))
         for name, v in params.items()
     }
-    compiled = jax.jit(function, donate_argnums=0).lower(caches, steps, params).compile()
+    where = None if q_spec is None else (NamedSharding(mesh, q_spec), *(c.sharding for c in caches))
+    step = jax.jit(function, donate_argnums=0, out_shardings=where)
+    compiled = step.lower(caches, steps, params).compile()
     assert layouts.collective_bytes(compiled.as_text()) == 0
     shard = caches[0].sharding.shard_shape(caches[0].shape)
     hlo.assert_in_place(compiled, math.prod(shard))
@@ -146,7 +148,8 @@ def interleave(value, shards):
 def test_global(kind, loop, implementation):
     mesh = jax.make_mesh((2, 2), ("dp", "tp"), (kind,) * 2)
     one = functools.partial(update, implementation)
-    run(functools.partial(loop, one), mesh, columns=None)
+    q_spec = P(None, "dp", None, "tp") if kind == AxisType.Auto else None
+    run(functools.partial(loop, one), mesh, None, q_spec)
 
 
 @pytest.mark.parametrize("implementation", ["xla", "ffi"])
