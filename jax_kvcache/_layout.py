@@ -1,5 +1,6 @@
 """Where a call's tokens, groups, rows and heads lie on a mesh, and the PartitionSpecs of that."""
 
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -122,35 +123,28 @@ def result_specs(layout: Layout, kv_output: bool) -> tuple[PartitionSpec, ...]:
     return rows, kv, kv, cache, cache
 
 
-def sharding_rule(ops: Any, kv_output: bool) -> tuple[str, dict[str, int]]:
-    """Shardy's rule: tokens propagate from x, heads from the caches, both to q, k and v.
+def sharding_rule(ops: Any, kv_output: bool) -> str:
+    """Shardy's rule: tokens propagate between x, q, k and v, and the caches into themselves.
 
-    Tokens and caches share no factor: a cache must not take its sharding from the tokens.
+    Nothing else is shared: a cache must not take its sharding from the tokens, nor, through q,
+    from what comes after.
     """
-    group_rank = len(ops.slots.shape) - 1
-    tokens = [f"g{i}" for i in range(group_rank)] + ["t"]
-    num_kv_heads, head_dim = ops.k_cache.shape[-2:]
-    q_per_kv, rest = divmod(ops.x.shape[-1] // head_dim - 2 * num_kv_heads, num_kv_heads)
-    unshared = (f"u{i}" for i in range(100))
-    cache = [f"c{i}" for i in range(len(ops.k_cache.shape) - 2)] + ["n", "d"]
+    tokens = [f"g{i}" for i in range(len(ops.slots.shape) - 1)] + ["t"]
+    rest = (f"u{i}" for i in itertools.count())
 
-    def factors(name, operand):
-        if name in ("k_cache", "v_cache"):
-            return cache
-        shared = tokens if name in PER_GROUP and operand.shape != (0,) else []
-        return [*shared, *(next(unshared) for _ in operand.shape[len(shared) :])]
+    def factors(shape, shared=()):
+        return [*shared, *(next(rest) for _ in shape[len(shared) :])]
 
-    operands = [factors(*item) for item in ops._asdict().items()]
-    kv = [*tokens, "n", next(unshared)] if kv_output else [next(unshared)]
-    if q_per_kv == 1 and not rest:
-        q_heads, sizes = "n", {}
-    elif num_kv_heads > 1 and not rest:
-        q_heads, sizes = "(n p)", {"p": q_per_kv}
-    else:
-        q_heads, sizes = next(unshared), {}
-    results = [[*tokens, q_heads, next(unshared)], kv, kv, cache, cache]
-    text = [", ".join(" ".join(f) for f in side) for side in (operands, results)]
-    return " -> ".join(text), sizes
+    caches = [factors(ops.k_cache.shape)] * 2
+    operands = {
+        name: factors(a.shape, tokens if name in PER_GROUP and a.shape != (0,) else ())
+        for name, a in ops._asdict().items()
+    } | dict(zip(("k_cache", "v_cache"), caches, strict=True))
+    q_shape = (*ops.slots.shape, 0, 0)
+    kv = [factors(q_shape, tokens) if kv_output else factors((0,)) for _ in "kv"]
+    results = [factors(q_shape, tokens), *kv, *caches]
+    text = [", ".join(map(" ".join, side)) for side in (operands.values(), results)]
+    return " -> ".join(text)
 
 
 def own_slots(slots, row_dims, axes, sizes):

@@ -145,6 +145,12 @@ def dequant_rope_quant_kvcache(
     Under `jax.vmap`, an unmapped cache with mapped tokens is broadcast: each example writes a copy
     of its own. Map the cache too, or use page mode, to stay in place.
 
+    Over several devices the operator follows the caches: shard B (or page mode's blocks) and Nkv,
+    never D. In automatic and explicit mode it sees whole arrays, and x has its columns in the plain
+    order [q | k | v], also where they are sharded; inside `jax.shard_map` each device calls it on
+    its own arrays, whose columns `interleave_qkv_for_tensor_parallel` has put in order. An
+    interleaved x outside `jax.shard_map` gives wrong results without an error.
+
     Args:
       x: [B, S, H] or [B, H], H = (Nq + 2*Nkv) * D; int32 accumulators, or float16, bfloat16 or
         float32 (float32 on CPU, GPU and TPU only).

@@ -160,8 +160,8 @@ def _automatic(call, kv_output, *operands):
         )
 
     partitioned = custom_partitioning(lambda *operands: tuple(call(*operands)))
-    rule, sizes = sharding_rule(Operands(*map(jax.typeof, operands)), kv_output)
-    partitioned.def_partition(partition, sharding_rule=rule, **sizes)
+    rule = sharding_rule(Operands(*map(jax.typeof, operands)), kv_output)
+    partitioned.def_partition(partition, sharding_rule=rule)
     with set_xla_metadata(dequant_rope_quant_kvcache=body_name):
         return list(partitioned(*operands))
 

@@ -11,6 +11,8 @@ import oracle
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jax_kvcache import DequantRopeQuantKvcacheResult
+
 MESHES = [(2, 1), (1, 2), (2, 2), (1, 4)]
 B, S, Nq, Nkv, D, C2 = 4, 2, 8, 4, 8, 512
 T, H = B * S, (Nq + 2 * Nkv) * D
@@ -96,6 +98,14 @@ def specs(layout):
         **dict.fromkeys(("scale_k", "scale_v", "offset_k", "offset_v"), heads),
         **dict.fromkeys(("weight_scale", "bias"), P(layout.columns)),
     }
+
+
+def result_shardings(layout, mesh):
+    """Tokens as in x, heads as in the cache."""
+    heads = [*layout.cache, None, None, None][2]
+    rows = NamedSharding(mesh, P(layout.tokens, None, heads))
+    cache = NamedSharding(mesh, layout.cache)
+    return DequantRopeQuantKvcacheResult(rows, rows, rows, cache, cache)
 
 
 def placed(layout, mesh):

@@ -113,10 +113,8 @@ def explicit(mesh, call):
 SHARDED = {"manual": (AxisType.Auto, manual), "explicit": (AxisType.Explicit, explicit)}
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """Everything exported and compiled here, run in one other process."""
-    folder = tmp_path_factory.mktemp("artifacts")
+def run_in_fresh_process(folder):
+    """Saves everything exported and compiled here, and runs it in one other process."""
 
     def save(name, suffix, content, calls):
         (folder / f"{name}.{suffix}").write_bytes(content)
@@ -147,24 +145,24 @@ def results(tmp_path_factory):
         env=environment, capture_output=True, text=True, check=False, timeout=200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    return folder
 
 
 CALLS = [(name, i) for name in EXPORTS for i in range(2)]
 CALLS += [(name, 0) for name in ("compiled_xla", "compiled_ffi", *SHARDED)]
 
 
-@pytest.mark.parametrize(("name", "i"), CALLS)
-def test_fresh_process(name, i, results):
-    caches, others = pickle.loads((results / f"{name}.{i}.arguments").read_bytes())
-    page = EXPORTS[name][0] if name in EXPORTS else name not in SHARDED
-    want = oracle.dequant_rope_quant_kvcache(
-        **others, k_cache=caches[0], v_cache=caches[1], kv_output=True,
-        cache_mode="page" if page else "contiguous",
-    )  # fmt: skip
-    with np.load(results / f"{name}.{i}.npz") as z:
-        for actual, expect in zip(z.values(), want, strict=True):
-            oracle.assert_same_bits(actual, expect)
+def test_fresh_process(tmp_path):
+    run_in_fresh_process(tmp_path)
+    for name, i in CALLS:
+        caches, others = pickle.loads((tmp_path / f"{name}.{i}.arguments").read_bytes())
+        page = EXPORTS[name][0] if name in EXPORTS else name not in SHARDED
+        want = oracle.dequant_rope_quant_kvcache(
+            **others, k_cache=caches[0], v_cache=caches[1], kv_output=True,
+            cache_mode="page" if page else "contiguous",
+        )  # fmt: skip
+        with np.load(tmp_path / f"{name}.{i}.npz") as z:
+            for actual, expect in zip(z.values(), want, strict=True):
+                oracle.assert_same_bits(actual, expect, f"{name}, call {i}")
 
 
 @pytest.mark.parametrize("platforms", [ASCEND, ("cpu", *ASCEND)], ids=str)

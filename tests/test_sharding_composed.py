@@ -38,11 +38,15 @@ def inputs():
         indices=np.array([[[0, 9], [-1, C2 - 1]], [[C2, 5], [3, 3]]], np.int32),
     )
     params = dict(
-        scale_k=np.abs(normal(Nkv, D)) + 0.01,
+        scale_k=np.abs(normal(V, Nkv, D)) + 0.01,  # each cache has its own
         scale_v=np.abs(normal(Nkv, D)) + 0.01,
         weight_scale=np.abs(normal(H)) / 1000,
     )
     return caches, steps, params
+
+
+def own_params(params, v):
+    return params | {"scale_k": params["scale_k"][v]}
 
 
 @functools.cache
@@ -54,7 +58,7 @@ def expected():
         for i in range(STEPS):
             step = {name: value[i, v] for name, value in steps.items()}
             first, _, _, *own = oracle.dequant_rope_quant_kvcache(
-                **step, **params, k_cache=own[0], v_cache=own[1]
+                **step, **own_params(params, v), k_cache=own[0], v_cache=own[1]
             )
             q.append(first)
         after.append(own)
@@ -69,26 +73,30 @@ def update(implementation, caches, step, params):
     return (result.k_cache, result.v_cache), result.q
 
 
+PARAM_AXES = {"scale_k": 0, "scale_v": None, "weight_scale": None}
+
+
 def scan_of_vmap(one, caches, steps, params):
     def body(caches, step):
-        return jax.vmap(one, in_axes=(0, 0, None))(caches, step, params)
+        return jax.vmap(one, in_axes=(0, 0, PARAM_AXES))(caches, step, params)
 
     caches, q = lax.scan(body, caches, steps)
     return q, *caches
 
 
 def vmap_of_scan(one, caches, steps, params):
-    def all_steps(caches, steps):
+    def all_steps(caches, steps, params):
         return lax.scan(lambda c, s: one(c, s, params), caches, steps)
 
-    caches, q = jax.vmap(all_steps, in_axes=(0, 1), out_axes=(0, 1))(caches, steps)
+    mapped = jax.vmap(all_steps, in_axes=(0, 1, PARAM_AXES), out_axes=(0, 1))
+    caches, q = mapped(caches, steps, params)
     return q, *caches
 
 
 def over_mesh(function, mesh):
     """`function` of caches, steps, params as one device's part; x interleaved by the caller."""
     tokens = dict.fromkeys(("cos", "sin", "indices"), TOKENS) | {"x": P(None, "dp", None, "tp")}
-    params = {"scale_k": P("tp"), "scale_v": P("tp"), "weight_scale": P("tp")}
+    params = {"scale_k": P("dp", "tp"), "scale_v": P("tp"), "weight_scale": P("tp")}
     return jax.shard_map(
         function,
         mesh=mesh,
@@ -108,7 +116,7 @@ def scan_of_shard_map(mesh, one, caches, steps, params):
     return q, *caches
 
 
-def run(function, mesh, columns):
+def run(function, mesh, columns, q_spec=None):
     caches, steps, params = inputs()
     where_x = P(None, "dp", None, columns)
 
@@ -121,11 +129,11 @@ def run(function, mesh, columns):
             steps, params = (source, params) if name == "x" else (steps, source)
     caches = tuple(place(c, CACHE) for c in caches)
     steps = {name: place(v, where_x if name == "x" else TOKENS) for name, v in steps.items()}
-    params = {
-        name: place(v, P(columns) if name == "weight_scale" else P("tp"))
-        for name, v in params.items()
-    }
-    compiled = jax.jit(function, donate_argnums=0).lower(caches, steps, params).compile()
+    where = {"scale_k": P("dp", "tp"), "scale_v": P("tp"), "weight_scale": P(columns)}
+    params = {name: place(v, where[name]) for name, v in params.items()}
+    where = None if q_spec is None else (NamedSharding(mesh, q_spec), *(c.sharding for c in caches))
+    step = jax.jit(function, donate_argnums=0, out_shardings=where)
+    compiled = step.lower(caches, steps, params).compile()
     assert layouts.collective_bytes(compiled.as_text()) == 0
     shard = caches[0].sharding.shard_shape(caches[0].shape)
     hlo.assert_in_place(compiled, math.prod(shard))
@@ -146,7 +154,8 @@ def interleave(value, shards):
 def test_global(kind, loop, implementation):
     mesh = jax.make_mesh((2, 2), ("dp", "tp"), (kind,) * 2)
     one = functools.partial(update, implementation)
-    run(functools.partial(loop, one), mesh, columns=None)
+    q_spec = P(None, "dp", None, "tp") if kind == AxisType.Auto else None
+    run(functools.partial(loop, one), mesh, None, q_spec)
 
 
 @pytest.mark.parametrize("implementation", ["xla", "ffi"])
@@ -166,15 +175,17 @@ def test_vmap_of_shard_map():
     mesh = jax.make_mesh((2,), ("dp",), (AxisType.Auto,))
     caches, steps, params = inputs()
 
-    def one_device(caches, step):
-        return update(None, caches, step, params)
+    def one_device(caches, step, scale_k):
+        return update(None, caches, step, params | {"scale_k": scale_k})
 
-    whole = jax.shard_map(one_device, mesh=mesh, in_specs=P("dp"), out_specs=P("dp"))
+    specs = (P("dp"), P("dp"), P())
+    whole = jax.shard_map(one_device, mesh=mesh, in_specs=specs, out_specs=P("dp"))
     step = {name: value[0] for name, value in steps.items()}
-    caches, q = jax.jit(jax.vmap(whole))(jax.tree.map(jnp.asarray, caches), step)
+    caches = jax.tree.map(jnp.asarray, caches)
+    caches, q = jax.jit(jax.vmap(whole))(caches, step, params["scale_k"])
     for v in range(V):
         want = oracle.dequant_rope_quant_kvcache(
-            **{name: value[v] for name, value in step.items()}, **params,
+            **{name: value[v] for name, value in step.items()}, **own_params(params, v),
             k_cache=inputs()[0][0][v], v_cache=inputs()[0][1][v],
         )  # fmt: skip
         for actual, expect in zip((q, *caches), (want[0], *want[3:]), strict=True):
@@ -186,7 +197,7 @@ def test_unmapped_cache_in_explicit_mode():
     mesh = jax.make_mesh((2,), ("dp",), (AxisType.Explicit,))
     caches, steps, params = inputs()
     step = {n: jax.device_put(v[0], NamedSharding(mesh, P("dp"))) for n, v in steps.items()}
-    one = functools.partial(update, "xla", params=params)
+    one = functools.partial(update, "xla", params=own_params(params, 0))
     with jax.set_mesh(mesh):
         function = jax.jit(jax.vmap(one, in_axes=(None, 0)))
         own = tuple(jnp.asarray(c[0]) for c in caches)
@@ -196,7 +207,7 @@ def test_unmapped_cache_in_explicit_mode():
     assert layouts.collective_bytes(compiled.as_text()) == 0
     for v in range(V):
         want = oracle.dequant_rope_quant_kvcache(
-            **{name: value[0, v] for name, value in steps.items()}, **params,
+            **{name: value[0, v] for name, value in steps.items()}, **own_params(params, 0),
             k_cache=caches[0][0], v_cache=caches[1][0],
         )  # fmt: skip
         oracle.assert_same_bits(np.asarray(k_cache)[v], want[3])

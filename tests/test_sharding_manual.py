@@ -82,6 +82,27 @@ def test_layout(name, shape, kind, implementation):
     layouts.check(compiled(caches, arguments), layout)
 
 
+@pytest.mark.parametrize("implementation", ["xla", "ffi"])
+def test_explicit_axes_beside_manual_ones(implementation):
+    layout = LAYOUTS["batch_heads"]
+    mesh = jax.make_mesh((2, 2), ("dp", "tp"), (AxisType.Explicit,) * 2)
+    where = {
+        n: P(*["dp" if a == "dp" else None for a in s]) for n, s in layouts.specs(layout).items()
+    }
+
+    def one_device(arguments):
+        return tuple(
+            dequant_rope_quant_kvcache(**arguments, kv_output=True, implementation=implementation)
+        )
+
+    whole = jax.shard_map(
+        one_device, mesh=mesh, in_specs=(where,), out_specs=P("dp"), axis_names={"dp"}
+    )
+    result = jax.jit(whole)(layouts.placed(layout, mesh))
+    assert result[3].sharding.spec == P("dp", None, "tp", None)
+    layouts.check(result, layout)
+
+
 @pytest.mark.parametrize("shards", [1, 2, 4])
 def test_interleave_and_back(shards):
     w = np.arange(2 * sum(SPLITS)).reshape(2, -1)
