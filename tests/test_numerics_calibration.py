@@ -165,3 +165,14 @@ def test_errors():
         numerics.calibrate(observer, percentile=0)
     with pytest.raises(TypeError, match='`method="mse"` needs a Sketch observer'):
         numerics.calibrate(observer, method="mse")
+    values, scale = jnp.ones((16, 4, 2)), jnp.ones(CHANNELS)
+    with pytest.raises(ValueError, match=r"trailing dimensions \[2, 4\], got \[16, 4, 2\]"):
+        numerics.fake_quantize(values, scale)
+    with pytest.raises(ValueError, match=r"`offset` must have shape \[\*channels\] = \[2, 4\]"):
+        numerics.fake_quantize(jnp.ones(CHANNELS), scale, jnp.ones(8))
+
+
+@pytest.mark.parametrize("ratios", [[], 0.5, [[0.5]], [0.0, 1], [0.5, 1.01], [0.5, np.nan]])
+def test_ratios_out_of_range(ratios):
+    with pytest.raises(ValueError, match=r"`ratios` must be a list of numbers in \(0, 1\], got "):
+        numerics.calibrate(numerics.Sketch.create(CHANNELS), method="mse", ratios=ratios)

@@ -50,6 +50,19 @@ def test_error_observer(offset):
         np.testing.assert_allclose(total.code_usage, np.mean(usage), rtol=1e-6)
 
 
+def test_error_observer_takes_its_channels():
+    observer = numerics.ErrorObserver.create((2, 8))
+    for shape in ((16, 8, 2), (256,)):
+        with pytest.raises(
+            ValueError, match=r"`values` must have the trailing dimensions \[2, 8\]"
+        ):
+            observer.update(jnp.ones(shape), SCALE)
+    with pytest.raises(ValueError, match=r"`scale` must have shape \[\*channels\] = \[2, 8\]"):
+        observer.update(VALUES, SCALE[:1])
+    with pytest.raises(ValueError, match=r"`offset` must have shape \[\*channels\] = \[2, 8\]"):
+        observer.update(VALUES, SCALE, SCALE[0])
+
+
 def test_largest_error_is_half_a_step_without_saturation():
     report = update(numerics.ErrorObserver.create((2, 8)), VALUES, SCALE).total()
     assert 0.49 < report.max_error <= 0.5 + 2.0**-15
@@ -141,3 +154,7 @@ def test_paired_difference():
     np.testing.assert_allclose(result.mean, difference.mean(), atol=1e-6)
     expected = np.std(difference, ddof=1) / 10
     np.testing.assert_allclose(result.standard_error, expected, rtol=1e-3)
+    with pytest.raises(ValueError, match=r"`baseline` must have shape \[W\] = \[2\], got \[1\]"):
+        numerics.paired_difference(np.array([4.0, 1]), np.array([4.0]))
+    with pytest.raises(TypeError, match=r"`values` must be 1-D, got 2-D \[1, 2\]"):
+        numerics.paired_difference(np.ones((1, 2)), np.ones((1, 2)))

@@ -152,3 +152,19 @@ def test_errors():
         numerics.MinMax.create(CHANNELS).update(jnp.ones((5, 3, 2)))
     with pytest.raises(ValueError, match=r"`other` must have \(precision, exponents\) = \(5, "):
         numerics.merge(numerics.Sketch.create((1,)), numerics.Sketch.create((1,), precision=4))
+
+
+@pytest.mark.parametrize("kind", [numerics.MinMax, numerics.Sketch, numerics.ErrorObserver])
+def test_merge_takes_the_same_channels(kind):
+    """Not even channels that would broadcast."""
+    for others in ((1, 3), (3,)):
+        with pytest.raises(ValueError, match=r"`other` must have the channels \[2, 3\], got \["):
+            kind.create(CHANNELS).merge(kind.create(others))
+
+
+@pytest.mark.parametrize("outside", [-1e-3, 1, np.nan])
+def test_quantiles_out_of_range(outside):
+    sketch = numerics.Sketch.create((1,))
+    for method in (sketch.quantiles, sketch.magnitude_quantile):
+        with pytest.raises(ValueError, match=r"`outside` must be in \[0, 1\), got "):
+            method(outside)

@@ -43,7 +43,7 @@ class Contestant:
     """One thing that is timed: a step, the state it donates to itself, and its inputs in turn."""
 
     def __init__(self, step: Callable, state, inputs: list):
-        """Compiles and warms up."""
+        """Compiles and warms up, and finds how many calls fill `ROUND_SECONDS`."""
         self.step, self.state, self.inputs, self.turn = step, state, inputs, 0
         self.seconds: list[float] = []
         self.calls = 1

@@ -61,7 +61,10 @@ def make_inputs(case: Case, seed: int) -> dict[str, jax.Array]:
     """Everything but the caches."""
     rng = np.random.default_rng(seed)
     tokens, heads = (case.B, case.S), (case.Nkv, case.D)
-    uniform = lambda shape, low, high: rng.uniform(low, high, shape).astype(np.float32)  # noqa: E731
+
+    def uniform(shape, low, high):
+        return np.asarray(rng.uniform(low, high, shape), np.float32)
+
     if case.cache_mode == "page":
         indices = rng.choice(case.C1 * case.C2, case.B * case.S, replace=False)
         if case.S > 1:
@@ -143,8 +146,8 @@ def empty(caches, inputs, *, cache_mode):
     B, S, _ = call.x.shape
     *_, Nkv, D = caches[0].shape
     heads = (call.x.shape[-1] // D - 2 * Nkv, Nkv, Nkv)
-    outputs = [jax.ShapeDtypeStruct((B, S, n, D), call.cos.dtype) for n in heads]
-    results = [*outputs, *(jax.ShapeDtypeStruct(c.shape, c.dtype) for c in caches)]
+    projections = [jax.ShapeDtypeStruct((B, S, n, D), call.cos.dtype) for n in heads]
+    results = [*projections, *(jax.ShapeDtypeStruct(c.shape, c.dtype) for c in caches)]
     *outputs, k_cache, v_cache = jax.ffi.ffi_call(
         EMPTY, results, input_output_aliases={3: 3, 4: 4}, input_layouts=native_layouts(operands)
     )(*operands, kv_output=True)
@@ -160,7 +163,7 @@ def memcpy(target, source, *, threads):
 
 def steps(case: Case) -> dict[str, Callable]:
     """The contestants that take (caches, inputs), jitted with the caches donated."""
-    contestants = {
+    contestants: dict[str, Callable] = {
         "ffi": functools.partial(operator, implementation="ffi"),
         "xla": functools.partial(operator, implementation="xla"),
         "obvious": obvious,

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jax_kvcache._checks import check_choice
+from jax_kvcache._checks import check_choice, check_shape
 from jax_kvcache._reference import quantize_int8
-from jax_kvcache.numerics.observers import MinMax, Sketch
+from jax_kvcache.numerics.observers import MinMax, Sketch, check_channels
 
 METHODS = ("absmax", "minmax", "percentile", "mse")
 
@@ -53,7 +53,13 @@ def fake_quantize(values, scale, offset=None) -> FakeQuantized:
 
     Returns:
       codes and values, both of the shape of `values`.
+
+    Raises:
+      ValueError: `values` or `offset` does not have the channels of `scale`.
     """
+    check_channels(values, scale.shape)
+    if offset is not None:
+        check_shape("offset", offset, ("*channels", scale.shape))
     rows = values.reshape(-1, 1, scale.size)  # [T, Nkv, D] for the operator's stage
     flat_scale = scale.reshape(1, -1)
     flat_offset = None if offset is None else offset.reshape(1, -1)
@@ -113,7 +119,7 @@ def calibrate(
       gets scale 1 (and offset 0).
 
     Raises:
-      ValueError: an unknown method, "absmax" without symmetry, a percentile out of range.
+      ValueError: an unknown method, "absmax" without symmetry, a percentile or ratio out of range.
       TypeError: an observer that has not kept what the method needs.
     """
     check_choice("method", method, METHODS)
@@ -122,6 +128,8 @@ def calibrate(
     if not 0 < percentile <= 100:
         raise ValueError(f"`percentile` must be in (0, 100], got {percentile}.")
     ratios = np.linspace(0.2, 1.0, 81) if ratios is None else np.asarray(ratios)
+    if ratios.ndim != 1 or not ratios.size or not ((ratios > 0) & (ratios <= 1)).all():
+        raise ValueError(f"`ratios` must be a list of numbers in (0, 1], got {ratios.tolist()}.")
 
     def calibrate_one(observer):
         if method in ("percentile", "mse") and not isinstance(observer, Sketch):

@@ -7,7 +7,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jax_kvcache._checks import check_shape
 from jax_kvcache.numerics.calibration import fake_quantize
+from jax_kvcache.numerics.observers import check_same_channels, tokens_first
 
 
 def decibels(signal, noise):
@@ -70,7 +72,11 @@ class ErrorObserver:
 
     def update(self, values, scale, offset=None):
         """The observer that has also seen `values` [..., *channels] quantised so."""
-        values = values.reshape(-1, *self.signal.shape).astype(jnp.float32)
+        channels = self.signal.shape
+        values = tokens_first(values, channels)
+        check_shape("scale", scale, ("*channels", channels))
+        if offset is not None:
+            check_shape("offset", offset, ("*channels", channels))
         codes, approximation = fake_quantize(values, scale, offset)
         finite = jnp.isfinite(values)
         noise = jnp.where(finite, values - approximation, 0)
@@ -91,6 +97,7 @@ class ErrorObserver:
 
     def merge(self, other):
         """The observer of the union; the float32 sums are equal but for their rounding."""
+        check_same_channels(self.signal.shape, other.signal.shape)
         return ErrorObserver(
             self.signal + other.signal,
             self.noise + other.noise,
@@ -196,6 +203,10 @@ def paired_difference(values, baseline) -> PairedDifference:
       values: [W] one number per window, such as its mean nll.
       baseline: [W] the same windows with a float cache.
     """
+    values, baseline = jnp.asarray(values), jnp.asarray(baseline)
+    if values.ndim != 1:
+        raise TypeError(f"`values` must be 1-D, got {values.ndim}-D {list(values.shape)}.")
+    check_shape("baseline", baseline, ("W", values.shape))
     difference = values - baseline
     return PairedDifference(
         jnp.mean(difference), jnp.std(difference, ddof=1) / len(difference) ** 0.5

@@ -16,15 +16,26 @@ from jax import lax
 _MANTISSA_BITS, _EXPONENT_BIAS = 23, 127  # of float32
 
 
-def _tokens_first(values, channels):
-    """[N, *channels] float32."""
+def check_channels(values, channels):
+    """Raises ValueError unless `values` is [..., *channels]."""
     rank = len(channels)
     if values.ndim < rank or values.shape[values.ndim - rank :] != tuple(channels):
         raise ValueError(
             f"`values` must have the trailing dimensions {list(channels)}, got "
             f"{list(values.shape)}."
         )
+
+
+def tokens_first(values, channels):
+    """[N, *channels] float32."""
+    check_channels(values, channels)
     return values.reshape(-1, *channels).astype(jnp.float32)
+
+
+def check_same_channels(channels, others):
+    """Raises ValueError unless the observer to merge with has the same channels."""
+    if tuple(channels) != tuple(others):
+        raise ValueError(f"`other` must have the channels {list(channels)}, got {list(others)}.")
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["low", "high"], meta_fields=[])
@@ -47,7 +58,7 @@ class MinMax:
 
     def update(self, values):
         """The observer that has also seen `values` [..., *channels], of any float dtype."""
-        values = _tokens_first(values, self.low.shape)
+        values = tokens_first(values, self.low.shape)
         finite = jnp.isfinite(values)
         return MinMax(
             jnp.minimum(self.low, jnp.min(values, 0, initial=jnp.inf, where=finite)),
@@ -56,6 +67,7 @@ class MinMax:
 
     def merge(self, other):
         """The observer of the union of what both saw."""
+        check_same_channels(self.low.shape, other.low.shape)
         return MinMax(jnp.minimum(self.low, other.low), jnp.maximum(self.high, other.high))
 
     def absolute_maximum(self):
@@ -102,7 +114,7 @@ class Sketch:
     def update(self, values):
         """The observer that has also seen `values` [..., *channels], of any float dtype."""
         channels = self.counts.shape[:-1]
-        values = _tokens_first(values, channels)
+        values = tokens_first(values, channels)
         half = self.counts.shape[-1] // 2
         bits = lax.bitcast_convert_type(jnp.abs(values), jnp.int32)
         magnitude = (bits >> (_MANTISSA_BITS - self.precision)) - self._first_bucket()
@@ -122,6 +134,7 @@ class Sketch:
         mine, theirs = (self.precision, self.exponents), (other.precision, other.exponents)
         if mine != theirs:
             raise ValueError(f"`other` must have (precision, exponents) = {mine}, got {theirs}.")
+        check_same_channels(self.counts.shape[:-1], other.counts.shape[:-1])
         return dataclasses.replace(
             self, range=self.range.merge(other.range), counts=self.counts + other.counts
         )
@@ -134,13 +147,18 @@ class Sketch:
 
         Returns:
           low, high: [*channels] float32; inf and -inf for a channel that was never observed.
+
+        Raises:
+          ValueError: `outside` is a number out of its range; a traced one is not checked.
         """
+        _check_outside(outside)
         seen, middles = self.range, self._middles()
         low = -_upper_quantile(self.counts[..., ::-1], middles, -seen.high, -seen.low, outside)
         return low, _upper_quantile(self.counts, middles, seen.low, seen.high, outside)
 
     def magnitude_quantile(self, outside):
         """[*channels] float32: the share `outside` of the absolute values lies beyond it."""
+        _check_outside(outside)
         half = self.counts.shape[-1] // 2
         counts = self.counts[..., half:] + self.counts[..., :half][..., ::-1]
         middles, largest = self._middles()[half:], self.range.absolute_maximum()
@@ -161,6 +179,11 @@ class Sketch:
         """Infinite for the buckets at both ends, which have no middle."""
         low, high = self.edges()
         return ((low + high) / 2).at[jnp.array([0, -1])].set(jnp.array([-jnp.inf, jnp.inf]))
+
+
+def _check_outside(outside):
+    if not isinstance(outside, jax.core.Tracer) and not 0 <= outside < 1:
+        raise ValueError(f"`outside` must be in [0, 1), got {outside}.")
 
 
 def _upper_quantile(counts, middles, smallest, largest, outside):
