@@ -56,6 +56,8 @@ def test_range_is_that_of_the_finite_values():
         np.testing.assert_array_equal(observer.low, np.nanmin(finite, 0))
         np.testing.assert_array_equal(observer.high, np.nanmax(finite, 0))
         np.testing.assert_array_equal(observer.absolute_maximum(), np.nanmax(np.abs(finite), 0))
+    counts = observe(numerics.Sketch.create(CHANNELS), values).counts
+    np.testing.assert_array_equal(counts.sum(-1), np.isfinite(values).sum(0))
 
 
 def test_pytrees_of_layers():
