@@ -153,9 +153,7 @@ def _check(
         raise TypeError(f"`cache` must be a KVCache or a PagedKVCache, got {type(cache).__name__}.")
     check_caches(cache)
     check_array("q", q, FLOATS, (4,))
-    number = isinstance(scale, int | float | np.integer | np.floating)
-    scalar = getattr(scale, "shape", None) == () and jnp.issubdtype(scale.dtype, jnp.floating)
-    if scale is not None and not (number or scalar):
+    if not _is_real_or_none(scale):
         raise TypeError(f"`scale` must be a real number, got {scale!r}.")
     batch, _, q_heads, head_dim = q.shape
     for name, value in (("lengths", lengths), ("block_table", table)):
@@ -183,3 +181,9 @@ def _check(
         raise TypeError("`block_table` is required for a PagedKVCache, got None.")
     if not table.shape[1]:
         raise ValueError("`block_table` must have at least one column, got [B, 0].")
+
+
+def _is_real_or_none(value: ArrayLike | None) -> bool:
+    if isinstance(value, jax.Array):
+        return not value.ndim and jnp.issubdtype(value.dtype, jnp.floating)
+    return value is None or isinstance(value, int | float | np.integer | np.floating)
