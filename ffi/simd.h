@@ -73,11 +73,57 @@ JAX_KVCACHE_INLINE UInts<N> Select(UInts<N> mask, UInts<N> a, UInts<N> b) {
   return (a & mask) | (b & ~mask);
 }
 
+template <int N>
+JAX_KVCACHE_INLINE UInts<N> Widen(Shorts<N> v) {
+  return __builtin_convertvector(v, UInts<N>);
+}
+// The low half of each lane, whose high half is zero.
+template <int N>
+JAX_KVCACHE_INLINE Shorts<N> Narrow(UInts<N> v) {
+  return __builtin_convertvector(v, Shorts<N>);
+}
+
+#if defined(__x86_64__)
+// GCC 12 makes a long way of these conversions.
+template <>
+JAX_KVCACHE_INLINE UInts<4> Widen<4>(Shorts<4> v) {
+  const __m128i low = _mm_cvtsi64_si128(BitCast<int64_t>(v));
+  return BitCast<UInts<4>>(_mm_unpacklo_epi16(low, _mm_setzero_si128()));
+}
+template <>
+JAX_KVCACHE_INLINE Shorts<4> Narrow<4>(UInts<4> v) {
+  const __m128i extended = _mm_srai_epi32(_mm_slli_epi32(BitCast<__m128i>(v), 16), 16);
+  return BitCast<Shorts<4>>(_mm_cvtsi128_si64(_mm_packs_epi32(extended, extended)));
+}
+#endif
+#if defined(__AVX2__) && !defined(__AVX512F__)
+template <>
+JAX_KVCACHE_INLINE UInts<8> Widen<8>(Shorts<8> v) {
+  return BitCast<UInts<8>>(_mm256_cvtepu16_epi32(BitCast<__m128i>(v)));
+}
+template <>
+JAX_KVCACHE_INLINE Shorts<8> Narrow<8>(UInts<8> v) {
+  const __m256i wide = BitCast<__m256i>(v);
+  return BitCast<Shorts<8>>(
+      _mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1)));
+}
+#endif
+#if defined(__AVX512F__)
+template <>
+JAX_KVCACHE_INLINE UInts<16> Widen<16>(Shorts<16> v) {
+  return BitCast<UInts<16>>(_mm512_cvtepu16_epi32(BitCast<__m256i>(v)));
+}
+template <>
+JAX_KVCACHE_INLINE Shorts<16> Narrow<16>(UInts<16> v) {
+  return BitCast<Shorts<16>>(_mm512_cvtepi32_epi16(BitCast<__m512i>(v)));
+}
+#endif
+
 // float16 -> float32, exact. Integer arithmetic but for the subnormals, whose product is normal, so
 // that no flush mode matters.
 template <int N>
 JAX_KVCACHE_INLINE Floats<N> FromHalfBits(Shorts<N> half) {
-  const UInts<N> h = __builtin_convertvector(half, UInts<N>);
+  const UInts<N> h = Widen<N>(half);
   const UInts<N> sign = (h & 0x8000U) << 16;
   const UInts<N> magnitude = h & 0x7FFFU;
   const UInts<N> normal = (magnitude << 13) + (112U << 23);
@@ -105,13 +151,13 @@ JAX_KVCACHE_INLINE Shorts<N> ToHalfBits(Floats<N> value) {
   const UInts<N> special = nan | 0x7C00U;
   UInts<N> result = Select<N>(BitCast<UInts<N>>(magnitude < 0x38800000U), subnormal, normal);
   result = Select<N>(BitCast<UInts<N>>(magnitude >= 0x477FF000U), special, result);
-  return __builtin_convertvector(result | sign, Shorts<N>);
+  return Narrow<N>(result | sign);
 }
 
 // bfloat16 -> float32, exact, and back, to nearest even.
 template <int N>
 JAX_KVCACHE_INLINE Floats<N> FromBFloatBits(Shorts<N> bfloat) {
-  return BitCast<Floats<N>>(__builtin_convertvector(bfloat, UInts<N>) << 16);
+  return BitCast<Floats<N>>(Widen<N>(bfloat) << 16);
 }
 template <int N>
 JAX_KVCACHE_INLINE Shorts<N> ToBFloatBits(Floats<N> value) {
@@ -119,7 +165,7 @@ JAX_KVCACHE_INLINE Shorts<N> ToBFloatBits(Floats<N> value) {
   const UInts<N> rounded = (bits + (0x7FFFU + ((bits >> 16) & 1U))) >> 16;
   // The sum could carry a NaN into another number.
   const UInts<N> nan = BitCast<UInts<N>>(value != value);
-  return __builtin_convertvector(Select<N>(nan, UInts<N>{} + 0x7FC0U, rounded), Shorts<N>);
+  return Narrow<N>(Select<N>(nan, UInts<N>{} + 0x7FC0U, rounded));
 }
 
 // min(max(z, -128), 127). A NaN may come out as anything.
@@ -206,12 +252,6 @@ JAX_KVCACHE_INLINE Floats<16> FromHalfBits<16>(Shorts<16> half) {
 template <>
 JAX_KVCACHE_INLINE Shorts<16> ToHalfBits<16>(Floats<16> value) {
   return BitCast<Shorts<16>>(_mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
-}
-// GCC 12 makes several instructions of these conversions when they are written as above.
-template <>
-JAX_KVCACHE_INLINE Floats<16> FromBFloatBits<16>(Shorts<16> bfloat) {
-  return BitCast<Floats<16>>(
-      _mm512_slli_epi32(_mm512_cvtepu16_epi32(BitCast<__m256i>(bfloat)), 16));
 }
 #if defined(__AVX512BF16__)
 // One instruction for the eight below: it rounds to nearest even whatever the mode, keeps a NaN

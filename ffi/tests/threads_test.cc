@@ -57,11 +57,11 @@ class Pool {
   std::vector<std::thread> threads_;
 };
 
-// One call of a few hundred tokens, whose slots repeat in every other call.
+// One call of 1500 tokens, whose slots repeat in every other call.
 RandomCall LargeCall(uint32_t seed) {
   Random random(seed);
   const Sizes sizes =
-      seed % 2 == 0 ? Sizes{{}, {64, 16}, 300, 4, 2, 64} : Sizes{{60}, {8}, 5, 4, 2, 64};
+      seed % 2 == 0 ? Sizes{{}, {64, 32}, 1500, 4, 2, 64} : Sizes{{300}, {8}, 5, 4, 2, 64};
   RandomCall call = MakeRandomCall(random, sizes, false);
   for (size_t i = 0; i < call.args[kSlots].Count() && seed % 4 < 2; ++i) {
     call.args[kSlots].Set(i, static_cast<int32_t>(i % (seed % 2 == 0 ? 1024 : 5)));
