@@ -1,6 +1,9 @@
 """The command line: `python -m jax_kvcache COMMAND`; each command is a file under cli/."""
 
 import argparse
+import contextlib
+import io
+import os
 import sys
 from collections.abc import Sequence
 
@@ -8,10 +11,39 @@ from jax_kvcache.cli import CommandError, bench, calibrate, demo, info
 from jax_kvcache.cli import eval as eval_command
 
 COMMANDS = (demo, eval_command, calibrate, bench, info)
+INTERRUPTED, PIPE_CLOSED = 130, 141  # as a shell reports SIGINT and SIGPIPE
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show what is written
+    try:
+        try:
+            return _run(argv)
+        finally:
+            print(end="", flush=True)  # so that what cannot be written shows here
+    except (CommandError, NotImplementedError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        _drop_output()
+        return PIPE_CLOSED
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        _drop_output()
+        return 2
+
+
+def _drop_output() -> None:
+    """Discards what stdout still holds, so that Python does not fail to write it at exit."""
+    with contextlib.suppress(io.UnsupportedOperation), open(os.devnull, "wb") as null:
+        os.dup2(null.fileno(), sys.stdout.fileno())
+
+
+def _run(argv: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m jax_kvcache",
         description="An int8 KV cache for JAX, written by one operator.",
@@ -23,13 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not hasattr(arguments, "run"):
         parser.print_help()
         return 0
-    try:
-        return arguments.run(arguments) or 0
-    except (CommandError, NotImplementedError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return arguments.run(arguments) or 0
 
 
 if __name__ == "__main__":

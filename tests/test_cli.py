@@ -98,8 +98,14 @@ BAD = [
     (["demo", "--tokens", "250"], r"together must have at most 256 bytes, .*, got 27 \+ 250"),
     (["demo", "--prompt", "x" * 300], r"at most 256 bytes, the model's context, got 300 \+ 200"),
     (["demo", "--prompt", ""], "`--prompt` must have at least 1 byte"),
-    (["demo", "--temperature", "-0.1"], "`--temperature` must be 0 or more and finite, got -0.1"),
-    (["demo", "--temperature", "nan"], "`--temperature` must be 0 or more and finite, got nan"),
+    (
+        ["demo", "--temperature", "-0.1"],
+        "must be 0 or more and finite in float32, got -0.1",
+    ),
+    (
+        ["demo", "--temperature", "nan"],
+        "`--temperature` must be 0 or more and finite .*, got nan",
+    ),
     (["demo", "--seed", "-1"], r"`--seed` must be in \[0, 2\*\*32\), got -1"),
 ]
 

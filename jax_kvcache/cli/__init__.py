@@ -5,7 +5,6 @@ function of the parsed arguments that returns an exit status, or None for 0.
 """
 
 import argparse
-import pathlib
 
 from jax_kvcache.model import Model, load_model
 
@@ -39,6 +38,7 @@ def model_from(arguments: argparse.Namespace) -> Model:
 def read_file(path: str) -> bytes:
     """The bytes of a file that the user named."""
     try:
-        return pathlib.Path(path).read_bytes()
+        with open(path, "rb") as file:
+            return file.read()
     except OSError as error:
         raise CommandError(f"cannot read '{path}': {error.strerror}.") from error

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from jax_kvcache import _ffi
 from jax_kvcache.cli import CommandError
 from jax_kvcache.cli import bench_cases as cases
+from jax_kvcache.cli.output import figure_file
 
 ROTATED_BYTES = 256 << 20  # several last-level caches: buffers this far apart come from memory
 ROUND_SECONDS = 0.01  # one contestant's share of a round; long enough for the clock
@@ -132,12 +133,22 @@ def measure(case: cases.Case, rounds: int, rotate: bool = False, progress=None) 
 
 def run(arguments: argparse.Namespace) -> None:
     """Measures and prints."""
+    if arguments.rounds < 1:
+        raise CommandError(f"`--rounds` must be at least 1, got {arguments.rounds}.")
     if reason := _ffi.unavailable("cpu"):
         raise CommandError(f"nothing to measure: {reason}.")
     if jax.default_backend() != "cpu":
         raise CommandError("the benchmark is of the CPU kernel: set JAX_PLATFORMS=cpu.")
     for name in (cases.EMPTY, cases.MEMCPY):
         _ffi.register(name, name, "cpu")
+    with figure_file(arguments.plot) as pyplot:
+        report = _measure_all(arguments)
+        if pyplot is not None:
+            _plot(pyplot, report["shapes"])
+    print(json.dumps(report, indent=2) if arguments.json else _table(report))
+
+
+def _measure_all(arguments: argparse.Namespace) -> dict:
     names = arguments.shape or list(cases.CASES)
     results = {}
     with tqdm(total=len(names) * arguments.rounds, unit="round", leave=False) as bar:
@@ -146,10 +157,7 @@ def run(arguments: argparse.Namespace) -> None:
             results[name] = measure(
                 cases.CASES[name], arguments.rounds, arguments.rotate, lambda: bar.update()
             )
-    report = {"simd": _ffi.simd(), "rotate": arguments.rotate, "shapes": results}
-    if arguments.plot:
-        _plot(report, arguments.plot)
-    print(json.dumps(report, indent=2) if arguments.json else _table(report))
+    return {"simd": _ffi.simd(), "rotate": arguments.rotate, "shapes": results}
 
 
 def _table(report: dict) -> str:
@@ -165,17 +173,13 @@ def _table(report: dict) -> str:
     return "\n".join(lines)
 
 
-def _plot(report: dict, path: str) -> None:
-    """Writes a bar chart of the times, one group of bars per shape."""
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise CommandError("--plot needs matplotlib: pip install 'jax-kvcache[plot]'.") from None
-    shapes = list(report["shapes"])
+def _plot(pyplot, results: dict[str, dict]) -> None:
+    """Draws a bar chart of the times, one group of bars per shape."""
+    shapes = list(results)
     width = 0.8 / len(PLOTTED)
-    figure, axes = plt.subplots(figsize=(1.5 * len(shapes) + 4, 5), layout="constrained")
+    _, axes = pyplot.subplots(figsize=(1.5 * len(shapes) + 4, 5), layout="constrained")
     for i, name in enumerate(PLOTTED):
-        times = [report["shapes"][shape]["microseconds"][name] for shape in shapes]
+        times = [results[shape]["microseconds"][name] for shape in shapes]
         axes.bar([j + i * width for j in range(len(shapes))], times, width, label=name)
     axes.set_yscale("log")
     axes.set_ylabel("microseconds per call")
@@ -183,5 +187,3 @@ def _plot(report: dict, path: str) -> None:
         [j + 0.4 - width / 2 for j in range(len(shapes))], shapes, rotation=30, ha="right"
     )
     axes.legend()
-    figure.savefig(path)
-    plt.close(figure)

@@ -1,8 +1,6 @@
 """`python -m jax_kvcache calibrate FILE...`: scales for the demo model's cache from any text."""
 
 import argparse
-import os
-import pathlib
 
 import jax
 import numpy as np
@@ -10,6 +8,7 @@ from tqdm import tqdm
 
 from jax_kvcache import numerics
 from jax_kvcache.cli import CommandError, read_file
+from jax_kvcache.cli.output import figure_file, output_file
 from jax_kvcache.model import load_model
 from jax_kvcache.model.evaluate import cut_windows
 from jax_kvcache.numerics import demo_model
@@ -44,9 +43,16 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Observes, calibrates, measures, writes."""
     texts = [read_file(path) for path in arguments.files]
-    for path in filter(None, (arguments.out, arguments.plot)):
-        _check_writable(path)
-    pyplot = _load_pyplot() if arguments.plot else None
+    with output_file(arguments.out) as out, figure_file(arguments.plot) as pyplot:
+        ranges, calibrations, errors = _calibrate(arguments, texts)
+        _save(out, calibrations)
+        if pyplot is not None:
+            _plot(pyplot, ranges, calibrations)
+    _print_table(ranges, calibrations, errors)
+
+
+def _calibrate(arguments, texts):
+    """The ranges seen, the calibrations and their `ErrorObserver`s, each of "k" and "v"."""
     model = load_model()
     windows = cut_windows(texts, model.config.context)
     if not windows.targets.any():
@@ -76,18 +82,8 @@ def run(arguments: argparse.Namespace) -> None:
     for tokens, targets in batches("measure"):
         errors = demo_model.measure_windows(model, errors, calibrations, tokens, targets)
         jax.block_until_ready(errors)
-    seen = {n: o.range if isinstance(o, numerics.Sketch) else o for n, o in observers.items()}
-    _print_table(seen, calibrations, errors)
-    _save(arguments.out, calibrations)
-    if pyplot is not None:
-        _plot(pyplot, arguments.plot, seen, calibrations)
-
-
-def _check_writable(path):
-    """Before the work starts, not after it."""
-    folder = pathlib.Path(path).parent
-    if not (folder.is_dir() and os.access(folder, os.W_OK)):
-        raise CommandError(f"cannot write '{path}': '{folder}' is not a directory to write in.")
+    ranges = {n: o.range if isinstance(o, numerics.Sketch) else o for n, o in observers.items()}
+    return ranges, calibrations, errors
 
 
 def _print_table(ranges, calibrations, errors):
@@ -104,32 +100,20 @@ def _print_table(ranges, calibrations, errors):
             )
 
 
-def _save(path, calibrations):
+def _save(file, calibrations):
     arrays = {}
     for name, calibration in calibrations.items():
         for parameter, value in calibration._asdict().items():
             if value is not None:
                 for layer, row in enumerate(np.asarray(value)):
                     arrays[f"layers.{layer}.{parameter}_{name}"] = row
-    with open(path, "wb") as file:  # np.savez would add .npz to a name without it
-        np.savez(file, **arrays)
+    np.savez(file, **arrays)
 
 
-def _load_pyplot():
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise CommandError("`--plot` needs matplotlib: pip install 'jax-kvcache[plot]'.") from error
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def _plot(pyplot, path, ranges, calibrations):
-    """A panel per layer and tensor: each channel's range as seen, and as the codes reach."""
+def _plot(pyplot, ranges, calibrations):
+    """Draws a panel per layer and tensor: each channel's range as seen, and as the codes reach."""
     layers = calibrations["k"].scale.shape[0]
-    figure, axes = pyplot.subplots(
+    _, axes = pyplot.subplots(
         layers, 2, figsize=(10, 1.9 * layers), sharex=True, layout="constrained", squeeze=False
     )
     for column, name in enumerate("kv"):
@@ -152,9 +136,3 @@ def _plot(pyplot, path, ranges, calibrations):
         axes[0, column].legend(
             handles, labels, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, fontsize="small"
         )
-    try:
-        figure.savefig(path, dpi=100)
-    except ValueError as error:  # a kind of file that matplotlib does not know
-        raise CommandError(f"cannot write '{path}': {error}.") from error
-    finally:
-        pyplot.close(figure)

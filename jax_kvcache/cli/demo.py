@@ -4,7 +4,6 @@ import argparse
 import codecs
 import functools
 import itertools
-import math
 import time
 
 import jax
@@ -74,9 +73,9 @@ def run(arguments: argparse.Namespace) -> None:
 def _check(arguments: argparse.Namespace, prompt: bytes, context: int) -> None:
     if arguments.tokens < 1:
         raise CommandError(f"`--tokens` must be at least 1, got {arguments.tokens}.")
-    if not 0 <= arguments.temperature < math.inf:
+    if not 0 <= arguments.temperature <= float(jnp.finfo(jnp.float32).max):
         raise CommandError(
-            f"`--temperature` must be 0 or more and finite, got {arguments.temperature}."
+            f"`--temperature` must be 0 or more and finite in float32, got {arguments.temperature}."
         )
     if not 0 <= arguments.seed < 2**32:
         raise CommandError(f"`--seed` must be in [0, 2**32), got {arguments.seed}.")

@@ -4,7 +4,6 @@ import dataclasses
 import importlib.resources
 import json
 import os
-import zipfile
 from typing import Any
 
 import jax
@@ -96,11 +95,25 @@ def _read_scales(path: str | os.PathLike[str], config: Config) -> dict[str, np.n
     with open(path, "rb") as file:
         try:
             data = np.load(file, allow_pickle=False)
-        except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        except Exception as error:  # see _read_array
             raise ValueError(f"`scales` must be an .npz file, and '{path}' is not.") from error
         if not isinstance(data, np.lib.npyio.NpzFile):
             raise ValueError(f"`scales` must be an .npz file, and '{path}' holds one array.")
-        return _check_scales(dict(data), path, config)
+        names = [name for name in data.files if name.endswith(_CACHE_PARAMS)]
+        arrays = {name: _read_array(data, name, path) for name in names}
+    return _check_scales(arrays, path, config)
+
+
+def _read_array(data: Any, name: str, path: str | os.PathLike[str]) -> np.ndarray:
+    """A damaged file makes NumPy, the zip reader and its decompressors raise errors of any type."""
+    try:
+        value = data[name]
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"cannot read `{name}` of '{path}': {reason}.") from error
+    if not isinstance(value, np.ndarray):
+        raise ValueError(f"cannot read `{name}` of '{path}': it is not in .npy format.")
+    return value
 
 
 def _check_scales(
@@ -115,12 +128,25 @@ def _check_scales(
         for key in keys:
             if key not in weights:
                 raise ValueError(f"`scales` must hold '{key}', and '{path}' does not.")
-            if weights[key].shape != heads or weights[key].dtype != np.float32:
+            value = weights[key]
+            if value.shape != heads or value.dtype != np.float32:
                 raise ValueError(
                     f"`{key}` must be float32 of shape [Nkv, D] = {list(heads)}, "
-                    f"got {weights[key].dtype} of shape {list(weights[key].shape)} in '{path}'."
+                    f"got {value.dtype} of shape {list(value.shape)} in '{path}'."
+                )
+            usable = np.isfinite(value) & (name.startswith("offset") | (value > 0))
+            if not usable.all():
+                expected = "finite" if name.startswith("offset") else "finite and above 0"
+                raise ValueError(
+                    f"`{key}` must be {expected}, got {value[~usable][0]} in '{path}'."
                 )
         params[name] = np.stack([weights[key] for key in keys])
+    if ("offset_k" in params) != ("offset_v" in params):
+        given, missing = ("k", "v") if "offset_k" in params else ("v", "k")
+        raise ValueError(
+            f"`scales` must hold offset_k and offset_v together, and '{path}' has offset_{given} "
+            f"without offset_{missing}."
+        )
     return params
 
 
