@@ -164,8 +164,11 @@ def flat_slots(slots, rows: int):
       [*g, T] int32: group * C + slot, or -1.
     """
     groups, capacity = slots.shape[:-1], jnp.asarray(rows, jnp.int32)
-    base = jnp.arange(math.prod(groups), dtype=jnp.int32).reshape(*groups, 1) * capacity
+    group = jnp.arange(math.prod(groups), dtype=jnp.int32).reshape(*groups, 1)
     inside = (slots >= 0) & (slots < capacity)
+    # Symbolic sizes were not checked: a group whose rows int32 cannot count is not written.
+    inside = inside & (group < INT32_MAX // capacity)
+    base = group * capacity
     return jnp.where(inside, slots + base, jnp.full_like(slots, -1))
 
 

@@ -101,3 +101,10 @@ def test_flat_slots_up_to_the_last_row():
     rows = 2**30 - 1
     flat = _ascend.flat_slots(jnp.asarray([[rows - 1, rows]] * 2, jnp.int32), rows)
     np.testing.assert_array_equal(flat, [[rows - 1, -1], [2 * rows - 1, -1]])
+
+
+def test_flat_slots_past_what_int32_counts_write_nothing():
+    """Only symbolic sizes come here unchecked."""
+    rows = 2**30
+    flat = _ascend.flat_slots(jnp.asarray([[5], [5], [5], [5], [5]], jnp.int32), rows)
+    np.testing.assert_array_equal(flat, [[5], [-1], [-1], [-1], [-1]])
