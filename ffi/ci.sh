@@ -39,7 +39,7 @@ ctest --test-dir "$work/release" --output-on-failure --parallel 2
 expected=$(hash_of "$work/release/tests/kernel_test")
 
 if has clang-tidy "C++ lint"; then
-  clang-tidy --quiet -p "$work/release" ascend.cc cann_*[!k].cc canonical.cc cpu.cc kernel.cc library.cc plan.cc 2> "$work/tidy.log" || {
+  clang-tidy --quiet -p "$work/release" ascend.cc cann_*[!k].cc canonical.cc cpu.cc kernel.cc library.cc plan.cc validate.cc 2> "$work/tidy.log" || {
     cat "$work/tidy.log"
     exit 1
   }

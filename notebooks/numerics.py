@@ -273,7 +273,7 @@ def output_sqnr(error):
 CHANNEL, factors = 5, 2.0 ** np.arange(11)
 outlier = {name: [] for name in numerics.FORMATS}
 quantise = {name: jax.jit(f) for name, f in numerics.FORMATS.items()}
-q, k, v_layer = read.q[LAYER], read.k[LAYER], read.v[LAYER]
+q, k, v_layer = (a[LAYER, :4] for a in (read.q, read.k, read.v))
 for factor in factors:
     k_big = k.at[..., 0, CHANNEL].multiply(factor)
     q_small = q.at[..., :2, CHANNEL].divide(factor)  # q heads 0 and 1 read kv head 0
