@@ -7,7 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jax_kvcache._checks import INT32_MAX, check_array, check_row_count, check_shape
+from jax_kvcache._checks import (
+    INT32_MAX,
+    check_array,
+    check_offsets_together,
+    check_row_count,
+    check_shape,
+)
 
 
 def check_caches(cache: Any) -> None:
@@ -120,12 +126,7 @@ def empty_fields(
         raise ValueError(f"`head_dim` must be even, got {head_dim}.")
     shape = tuple(sizes.values())
     check_row_count("k_cache", ", ".join(list(sizes)[:-2]), shape[:-2])
-    if (offset_k is None) != (offset_v is None):
-        given, missing = ("k", "v") if offset_v is None else ("v", "k")
-        raise ValueError(
-            f"`offset_k` and `offset_v` must be given together, got `offset_{given}` without "
-            f"`offset_{missing}`. Pass zeros for the one without an offset."
-        )
+    check_offsets_together(offset_k, offset_v)
 
     def per_layer(name: str, value: ArrayLike) -> jax.Array:
         # A copy: the cache will be donated, and the caller keeps what was passed in.

@@ -108,6 +108,16 @@ def check_row_count(name, letters, dims):
         )
 
 
+def check_offsets_together(offset_k, offset_v):
+    """Raises ValueError for a lone offset, which the vendor's operator ignores without a word."""
+    if (offset_k is None) != (offset_v is None):
+        given, missing = ("k", "v") if offset_v is None else ("v", "k")
+        raise ValueError(
+            f"`offset_k` and `offset_v` must be given together, got `offset_{given}` without "
+            f"`offset_{missing}`. Pass zeros for the one without an offset."
+        )
+
+
 def check_splits(size_splits) -> tuple[int, ...]:
     """Returns three ints; raises TypeError unless `size_splits` is that."""
     try:
@@ -194,12 +204,7 @@ def check_call(call: Call) -> Sizes:
     else:
         check_shape("indices", call.indices, ("B", (B,)), ("B, 1", (B, 1)))
 
-    if (call.offset_k is None) != (call.offset_v is None):
-        given, missing = ("k", "v") if call.offset_v is None else ("v", "k")
-        raise ValueError(
-            f"`offset_k` and `offset_v` must be given together, got `offset_{given}` without "
-            f"`offset_{missing}`. Pass zeros for the one without an offset."
-        )
+    check_offsets_together(call.offset_k, call.offset_v)
     per_channel = ("scale_k", "scale_v") + (
         ("offset_k", "offset_v") if call.offset_k is not None else ()
     )
