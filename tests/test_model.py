@@ -44,9 +44,10 @@ def test_prefill_and_decode_equal_numpy(model):
 
 
 def test_float_cache_equals_numpy(model):
-    logits, _, k, v = jax.jit(forward_float)(model, as_tokens(TEXT))
+    logits, q, k, v = jax.jit(forward_float)(model, as_tokens(TEXT))
     assert_close(np.asarray(logits[0]), numpy_model.logits(TEXT, int8_cache=False))
     assert k.shape == v.shape == (4, 1, len(TEXT), 2, 64)
+    assert q.shape == (4, 1, len(TEXT), 4, 64)
 
 
 def test_kv_map_stands_for_a_cache_of_another_format(model):
