@@ -119,7 +119,8 @@ JAX_KVCACHE_INLINE int64_t Rotate(const TokenInput<X, Bias>& in, int64_t head_co
   return i;
 }
 
-// Columns [begin, width) of v, as far as N lanes at a time go. Returns where it stopped.
+// Columns [begin, width) of one head of v, as far as N lanes at a time go. Returns where it
+// stopped.
 template <int N, typename X, typename Table, typename Bias>
 JAX_KVCACHE_INLINE int64_t CopyValues(const TokenInput<X, Bias>& in, int64_t first_column,
                                       int64_t width, Table* out, const Quantizer& quantizer,
@@ -144,14 +145,48 @@ JAX_KVCACHE_INLINE void RotateHead(const TokenInput<X, Bias>& in, int64_t head_c
   Rotate<1, kQuantize>(in, head_column, half_dim, angles, out, quantizer, i);
 }
 
-JAX_KVCACHE_INLINE void PrefetchRow(const int8_t* row, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, /*rw=*/1);
+template <typename X, typename Table, typename Bias>
+JAX_KVCACHE_INLINE void CopyHead(const TokenInput<X, Bias>& in, int64_t head_column, int64_t d,
+                                 Table* out, const Quantizer& quantizer) {
+  int64_t j = CopyValues<kLanes>(in, head_column, d, out, quantizer, 0);
+  if (j == d) return;
+  j = CopyValues<4>(in, head_column, d, out, quantizer, j);
+  CopyValues<1>(in, head_column, d, out, quantizer, j);
+}
+
+// Asks for `count` elements to be read (0) or written (1) a little later.
+template <int kWrite, typename T>
+JAX_KVCACHE_INLINE void Prefetch(const T* from, int64_t count) {
+  const char* bytes = reinterpret_cast<const char*>(from);
+  for (int64_t i = 0; i < count * static_cast<int64_t>(sizeof(T)); i += 64) {
+    __builtin_prefetch(bytes + i, kWrite, /*locality=*/2);
+  }
 }
 
 template <typename T>
 JAX_KVCACHE_INLINE T* Advance(T* pointer, int64_t count) {
   return pointer == nullptr ? nullptr : pointer + count;
 }
+
+// What one token reads and writes, at its first column or element.
+template <typename X, typename Table, typename Bias>
+struct Token {
+  TokenInput<X, Bias> in;
+  const Table* cos;  // [D]
+  const Table* sin;  // [D]
+  Table* q;          // [Nq, D]
+  Table* k;          // [Nkv, D], or null
+  Table* v;          // [Nkv, D], or null
+  int8_t* k_row;     // [Nkv, D], or null
+  int8_t* v_row;     // [Nkv, D], or null
+  Angles angles;
+};
+
+// Tokens that share their parameters go through each head together if a row of weight scales and
+// bias does not stay in a first-level cache by itself (48 KB at H = 6144): a head's part of them, 1
+// KB at D = 128, then does. Narrower rows go one by one, which reads x in longer runs.
+constexpr int kTokensTogether = 4;
+constexpr int64_t kNarrow = 4096;  // columns: 32 KB of float32 weight scales and bias
 
 template <typename X, typename Table, typename Bias>
 void Run(const Shape& shape, const Buffers& b, const Part& part) {
@@ -161,79 +196,91 @@ void Run(const Shape& shape, const Buffers& b, const Part& part) {
   const int64_t num_kv = shape.num_kv;
   const int64_t kv_width = num_kv * d;
   const int64_t hidden = num_q * d + 2 * kv_width;
-  const int64_t q_end = part.head_end < num_q ? part.head_end : num_q;
-  const int64_t k_begin = part.head_begin > num_q ? part.head_begin - num_q : 0;
-  const int64_t k_end = part.head_end - num_q < num_kv ? part.head_end - num_q : num_kv;
+  const int64_t k_first = num_q;
   const int64_t v_first = num_q + num_kv;
-  const int64_t v_begin = part.head_begin > v_first ? part.head_begin - v_first : 0;
-  const int64_t v_end = part.head_end - v_first;
+  const int64_t rotated_end = part.head_end < v_first ? part.head_end : v_first;
+  const bool shared = shape.SharesParameters();
 
-  // The cache row of a flat token, or -1. The group is where the token's row may be at all.
-  const auto row_of = [&](int64_t token) -> int64_t {
-    const int64_t slot = b.slots[token];
-    if (slot < 0 || slot >= shape.rows) return -1;
-    return token / shape.tokens * shape.rows + slot;
-  };
+  Token<X, Table, Bias> tokens[kTokensTogether];
+  int64_t count = 0;
+  for (int64_t first = part.token_begin; first < part.token_end; first += count) {
+    const int64_t group = first / shape.tokens;
+    const int64_t end = shared ? part.token_end : (group + 1) * shape.tokens;
+    count = (end < part.token_end ? end : part.token_end) - first;
+    const int64_t together = hidden > kNarrow ? kTokensTogether : 1;
+    count = count < together ? count : together;
+    const float* scale_k = b.scale_k + shape.ParameterBlock(kScaleK, group) * kv_width;
+    const float* scale_v = b.scale_v + shape.ParameterBlock(kScaleV, group) * kv_width;
+    const float* offset_k = Advance(b.offset_k, shape.ParameterBlock(kOffsetK, group) * kv_width);
+    const float* offset_v = Advance(b.offset_v, shape.ParameterBlock(kOffsetV, group) * kv_width);
 
-  int64_t group = -1;
-  const float* scale_k = nullptr;
-  const float* scale_v = nullptr;
-  const float* offset_k = nullptr;
-  const float* offset_v = nullptr;
-  TokenInput<X, Bias> in = {};
-  for (int64_t token = part.token_begin; token < part.token_end; ++token) {
-    if (token / shape.tokens != group) {
-      group = token / shape.tokens;
-      scale_k = b.scale_k + shape.ParameterBlock(kScaleK, group) * kv_width;
-      scale_v = b.scale_v + shape.ParameterBlock(kScaleV, group) * kv_width;
-      offset_k = Advance(b.offset_k, shape.ParameterBlock(kOffsetK, group) * kv_width);
-      offset_v = Advance(b.offset_v, shape.ParameterBlock(kOffsetV, group) * kv_width);
+    for (int64_t i = 0; i < count; ++i) {
+      Token<X, Table, Bias>& t = tokens[i];
+      const int64_t token = first + i;
+      t.in = {};
+      t.in.x = static_cast<const X*>(b.x) + token * hidden;
       if constexpr (std::is_same_v<X, int32_t>) {
-        in.weight_scale = b.weight_scale + shape.ParameterBlock(kWeightScale, group) * hidden;
+        t.in.weight_scale = b.weight_scale + shape.ParameterBlock(kWeightScale, group) * hidden;
+        t.in.activation_scale = b.activation_scale == nullptr ? 1.0f : b.activation_scale[token];
         if constexpr (!std::is_same_v<Bias, NoBias>) {
-          in.bias = static_cast<const Bias*>(b.bias) + shape.ParameterBlock(kBias, group) * hidden;
+          t.in.bias =
+              static_cast<const Bias*>(b.bias) + shape.ParameterBlock(kBias, group) * hidden;
+        }
+      }
+      t.cos = static_cast<const Table*>(b.cos) + token * d;
+      t.sin = static_cast<const Table*>(b.sin) + token * d;
+      t.q = static_cast<Table*>(b.q) + token * num_q * d;
+      t.k = Advance(static_cast<Table*>(b.k), token * kv_width);
+      t.v = Advance(static_cast<Table*>(b.v), token * kv_width);
+      t.k_row = nullptr;
+      t.v_row = nullptr;
+      const int64_t slot = b.slots[token];
+      if (slot >= 0 && slot < shape.rows) {
+        const int64_t row = token / shape.tokens * shape.rows + slot;
+        t.k_row = b.k_cache + row * kv_width;
+        t.v_row = b.v_cache + row * kv_width;
+        // Rows lie anywhere in a large cache: ask for them while the q heads are computed.
+        Prefetch<1>(t.k_row, kv_width);
+        Prefetch<1>(t.v_row, kv_width);
+      }
+    }
+
+    for (int64_t column = 0; column < half_dim && part.head_begin < v_first;
+         column += Angles::kMax) {
+      for (int64_t i = 0; i < count; ++i) {
+        Angles& angles = tokens[i].angles;
+        angles.first = column;
+        angles.count = half_dim - column < Angles::kMax ? half_dim - column : Angles::kMax;
+        int64_t j = angles.Fill<kLanes>(tokens[i].cos, tokens[i].sin, half_dim, 0);
+        j = angles.Fill<4>(tokens[i].cos, tokens[i].sin, half_dim, j);
+        angles.Fill<1>(tokens[i].cos, tokens[i].sin, half_dim, j);
+      }
+      for (int64_t head = part.head_begin; head < rotated_end; ++head) {
+        for (int64_t i = 0; i < count; ++i) {
+          const Token<X, Table, Bias>& t = tokens[i];
+          if (first + i + count < part.token_end) {
+            // The same head of the tokens after these.
+            Prefetch<0>(t.in.x + count * hidden + head * d, d);
+            if (head < k_first) Prefetch<1>(t.q + (count * num_q + head) * d, d);
+          }
+          if (head < k_first) {
+            RotateHead<false>(t.in, head * d, half_dim, t.angles, t.q + head * d, Quantizer{});
+          } else {
+            const int64_t at = (head - k_first) * d;
+            const Quantizer quantizer = {scale_k + at, Advance(offset_k, at), Advance(t.k_row, at)};
+            RotateHead<true>(t.in, head * d, half_dim, t.angles, Advance(t.k, at), quantizer);
+          }
         }
       }
     }
-    const int64_t row = row_of(token);
-    int8_t* k_row = row < 0 ? nullptr : b.k_cache + row * kv_width;
-    int8_t* v_row = row < 0 ? nullptr : b.v_cache + row * kv_width;
-    if (row >= 0) {
-      // Rows lie anywhere in a large cache: ask for this token's while its q heads are computed.
-      PrefetchRow(k_row, kv_width);
-      PrefetchRow(v_row, kv_width);
-    }
-    in.x = static_cast<const X*>(b.x) + token * hidden;
-    in.activation_scale = b.activation_scale == nullptr ? 1.0f : b.activation_scale[token];
-    const Table* cos = static_cast<const Table*>(b.cos) + token * d;
-    const Table* sin = static_cast<const Table*>(b.sin) + token * d;
-
-    Table* q = static_cast<Table*>(b.q) + token * num_q * d;
-    Table* k = Advance(static_cast<Table*>(b.k), token * kv_width);
-    for (int64_t first = 0; first < half_dim && part.head_begin < v_first; first += Angles::kMax) {
-      Angles angles;
-      angles.first = first;
-      angles.count = half_dim - first < Angles::kMax ? half_dim - first : Angles::kMax;
-      int64_t i = angles.Fill<kLanes>(cos, sin, half_dim, 0);
-      i = angles.Fill<4>(cos, sin, half_dim, i);
-      angles.Fill<1>(cos, sin, half_dim, i);
-      for (int64_t head = part.head_begin; head < q_end; ++head) {
-        RotateHead<false>(in, head * d, half_dim, angles, q + head * d, Quantizer{});
+    for (int64_t head = part.head_begin > v_first ? part.head_begin : v_first; head < part.head_end;
+         ++head) {
+      const int64_t at = (head - v_first) * d;
+      for (int64_t i = 0; i < count; ++i) {
+        const Token<X, Table, Bias>& t = tokens[i];
+        const Quantizer quantizer = {scale_v + at, Advance(offset_v, at), Advance(t.v_row, at)};
+        CopyHead(t.in, head * d, d, Advance(t.v, at), quantizer);
       }
-      for (int64_t head = k_begin; head < k_end; ++head) {
-        const Quantizer quantizer = {scale_k + head * d, Advance(offset_k, head * d),
-                                     Advance(k_row, head * d)};
-        RotateHead<true>(in, (num_q + head) * d, half_dim, angles, Advance(k, head * d), quantizer);
-      }
-    }
-    if (v_begin < v_end) {
-      Table* v = Advance(static_cast<Table*>(b.v), token * kv_width);
-      const Quantizer quantizer = {scale_v, offset_v, v_row};
-      const int64_t column = v_first * d;
-      int64_t j = v_begin * d;
-      j = CopyValues<kLanes>(in, column, v_end * d, v, quantizer, j);
-      j = CopyValues<4>(in, column, v_end * d, v, quantizer, j);
-      CopyValues<1>(in, column, v_end * d, v, quantizer, j);
     }
   }
 }
