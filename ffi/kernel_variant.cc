@@ -1,5 +1,5 @@
-// Owns the arithmetic. Compiled once per instruction set; JAX_KVCACHE_VARIANT names the entry
-// point.
+// Owns the walk over tokens and heads. Compiled once per instruction set; JAX_KVCACHE_VARIANT names
+// the entry point.
 #include "kernel_variant.h"
 
 #include <cstdint>
