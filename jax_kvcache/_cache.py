@@ -13,7 +13,7 @@ from jax_kvcache._op import canonical_operands, dequant_rope_quant_kvcache
 from jax_kvcache._primitive import dequant_rope_quant_kvcache_canonical
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class CacheBase:
     """What both caches hold; see `KVCache` and `PagedKVCache` for the shapes."""
 

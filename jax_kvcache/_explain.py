@@ -56,5 +56,8 @@ def explain(*args, platform: str | None = None, **kwargs) -> Explanation:
         return Explanation(platform, "xla", "asked for")
     reason = _ffi.refusal(platform, operands)
     if reason is None:
-        return Explanation(platform, "ffi", f"the native target '{_ffi.TARGET}' takes this call")
+        reason = f"the native target '{_ffi.TARGET}' takes this call"
+        if missing := _ffi.unavailable(platform):
+            reason += f" when it is lowered for another machine ({missing})"
+        return Explanation(platform, "ffi", reason)
     return Explanation(platform, None if asked == "ffi" else "xla", reason)

@@ -185,8 +185,8 @@ def dequant_rope_quant_kvcache(
 
     Raises:
       TypeError: a missing argument, a wrong dtype or rank.
-      ValueError: a wrong shape or value, one array passed as both caches, a lone offset, or more
-        than 2**31 - 1 rows.
+      ValueError: a wrong shape or value, one array passed as both caches (seen only eagerly), a
+        lone offset, or more than 2**31 - 1 rows.
       NotImplementedError: `implementation="ffi"` where there is no native target; differentiation.
     """
     call = Call(

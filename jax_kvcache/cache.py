@@ -14,7 +14,7 @@ from jax_kvcache._checks import INT32_MAX
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class KVCache(CacheBase):
     """A contiguous int8 KV cache: each sequence has C2 rows of its own.
 
@@ -128,7 +128,7 @@ class KVCache(CacheBase):
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class PagedKVCache(CacheBase):
     """A paged int8 KV cache: blocks of rows, given to sequences by a block table.
 

@@ -396,7 +396,8 @@ assert abs(output["int8 per token"] - output["int8 per channel"]).max() < 5
 # %% [markdown]
 # ## 8. The model's predictions
 #
-# Mean negative log-likelihood (nll) of the held-out text, and its increase over a float cache,
+# Mean negative log-likelihood (nll) of text that was not calibrated on (the model may know it from
+# its training, which was on Python 3.11's library), and its increase over a float cache,
 # paired per window, with the standard error of the mean increase. Beside it the Kullback-Leibler
 # divergence of the predictions from those with a float cache: the increase to expect on text that
 # the model itself would write.

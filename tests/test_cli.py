@@ -89,8 +89,8 @@ def test_eval_the_int8_cache_costs_next_to_nothing(capsys, tmp_path):
 BAD = [
     (["eval", "{tmp}/none.py"], "cannot read '.*none.py': No such file or directory"),
     (["eval", "{tmp}"], "cannot read '.*': Is a directory"),
-    (["eval", "{tmp}/empty"], "must have at least 2 bytes, got none to predict"),
-    (["eval", "{tmp}/one"], "must have at least 2 bytes, got none to predict"),
+    (["eval", "{tmp}/empty"], "must have at least 2 bytes, got fewer"),
+    (["eval", "{tmp}/one"], "must have at least 2 bytes, got fewer"),
     (["eval", "{tmp}/one", "--scales", "{tmp}/none.npz"], "cannot read '.*none.npz': No such file"),
     (["eval", "{tmp}/one", "--scales", "{tmp}/one"], "`scales` must be an .npz file, and '.*'"),
     (["demo", "--scales", "{tmp}/empty.npz"], "`scales` must hold 'layers.0.scale_k'"),

@@ -58,9 +58,10 @@ def test_predict(model, windows):
 def test_command(tmp_path, capsys, model, windows, asymmetric):
     text, out, plot = tmp_path / "text.py", tmp_path / "scales.npz", tmp_path / "plot.png"
     text.write_bytes(TEXT)
-    options = ["--method", "minmax", "--asymmetric"] if asymmetric else ["--plot", str(plot)]
+    options = ["--asymmetric"] if asymmetric else ["--plot", str(plot)]
     assert main(["calibrate", str(text), "--out", str(out), *options]) == 0
-    table = capsys.readouterr().out.splitlines()
+    *table, last = capsys.readouterr().out.splitlines()
+    assert last == f"wrote {out}"
     assert len(table) == 1 + 2 * model.config.n_layers
     assert all(" dB " in line for line in table[1:])
 
@@ -84,7 +85,8 @@ def test_command(tmp_path, capsys, model, windows, asymmetric):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--asymmetric"], '`method="absmax"` is symmetric'),
+        (["--asymmetric", "--method", "absmax"], '`method="absmax"` is symmetric'),
+        (["--percentile", "99"], "`--percentile` goes with `--method percentile`, got `--method a"),
         (["--method", "percentile", "--percentile", "0"], "`percentile` must be in"),
         (["--out", "/nonexistent/scales.npz"], "cannot write '/nonexistent/scales.npz'"),
         (["--plot", "/nonexistent/plot.png"], "cannot write '/nonexistent/plot.png'"),

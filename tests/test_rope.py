@@ -27,7 +27,11 @@ def test_tables_are_the_angles_cosines_and_sines(dtype, tolerance, theta):
         ((np.zeros((1, 1), np.float32), 8), TypeError, "`positions` must be integers of shape"),
         ((np.zeros(3, np.int32), 8), TypeError, r"\[B, S\], got int32 of shape \[3\]"),
         ((np.zeros((1, 1), np.int32), 7), ValueError, "`head_dim` must be even and above 0, got 7"),
-        ((np.zeros((1, 1), np.int32), 8, 0.0), ValueError, "`theta` must be above 0, got 0.0"),
+        (
+            (np.zeros((1, 1), np.int32), 8, 0.0),
+            ValueError,
+            "`theta` must be a finite number above 0, got 0.0",
+        ),
         (
             (np.zeros((1, 1), np.int32), 8, 1e4, jnp.int8),
             TypeError,

@@ -27,14 +27,24 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "bench",
         help="time of the operator on this CPU, beside an empty call and memcpy",
-        description="Medians of interleaved repeats, in microseconds per call. empty: a custom "
-        "call with the operator's operands and results that does nothing. memcpy: copies as many "
-        "bytes as the operator reads and writes together; half_memcpy: as many that its own reads "
-        "and writes together are those. ffi_16x: the operator with a cache 16 times larger.",
+        description="Medians of interleaved repeats, in microseconds per call. ffi: the native "
+        "kernel. xla: the jax.numpy reference. obvious: jax.numpy code that writes rows of the "
+        "reshaped cache, which copies it. empty: a custom call with the same operands and results "
+        "that does nothing, the cost of any call. memcpy: copies N bytes, N being what the "
+        "operator reads and writes together; half_memcpy: copies N/2, so that it reads and writes "
+        "N together. ffi_16x: the kernel with a cache 16 times larger. net: less the empty call.",
     )
-    parser.add_argument("--shape", nargs="+", metavar="NAME", choices=list(cases.CASES))
+    parser.add_argument(
+        "--shape",
+        nargs="+",
+        metavar="NAME",
+        choices=list(cases.CASES),
+        help=f"some of {', '.join(cases.CASES)} (default: all)",
+    )
     parser.add_argument("--rounds", type=int, default=15, help="repeats (default: 15)")
-    parser.add_argument("--rotate", action="store_true", help="inputs from memory, not from caches")
+    parser.add_argument(
+        "--rotate", action="store_true", help="inputs from main memory, not from the CPU's caches"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--plot", metavar="FILE", help="write a bar chart")
     parser.set_defaults(run=run)

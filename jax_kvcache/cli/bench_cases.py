@@ -94,7 +94,11 @@ def make_caches(case: Case) -> tuple[jax.Array, jax.Array]:
 
 
 def obvious(caches, inputs, *, cache_mode):
-    """What a user would write in jax.numpy: the same values but for rounding, and cache copies."""
+    """What a user would write in jax.numpy: the same values but for rounding, and cache copies.
+
+    It writes rows of the flattened cache, and the reshape is what copies it. Without that the code
+    is what `xla` measures.
+    """
     k_cache, v_cache = caches
     C1, C2, Nkv, D = k_cache.shape
     B, S, H = inputs["x"].shape

@@ -28,13 +28,17 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("files", nargs="+", metavar="FILE", help="any text; Python suits the model")
     parser.add_argument("--out", required=True, metavar="FILE", help="the .npz file to write")
     parser.add_argument(
-        "--method", choices=numerics.METHODS, default="absmax", help="(default: absmax)"
+        "--method",
+        choices=numerics.METHODS,
+        help="(default: absmax, or minmax with --asymmetric)",
     )
     parser.add_argument(
         "--asymmetric", action="store_true", help="with offsets; not for absmax (see minmax)"
     )
     parser.add_argument(
-        "--percentile", type=float, default=99.99, help="share that fits (default: 99.99)"
+        "--percentile",
+        type=float,
+        help="percent of the values that fit, for --method percentile (default: 99.99)",
     )
     parser.add_argument("--plot", metavar="FILE", help="write a figure of the channels")
     parser.set_defaults(run=run)
@@ -42,6 +46,14 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Observes, calibrates, measures, writes."""
+    if arguments.method is None:
+        arguments.method = "minmax" if arguments.asymmetric else "absmax"
+    if arguments.percentile is None:
+        arguments.percentile = 99.99
+    elif arguments.method != "percentile":
+        raise CommandError(
+            f"`--percentile` goes with `--method percentile`, got `--method {arguments.method}`."
+        )
     texts = [read_file(path) for path in arguments.files]
     with output_file(arguments.out) as out, figure_file(arguments.plot) as pyplot:
         ranges, calibrations, errors = _calibrate(arguments, texts)
@@ -49,6 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
         if pyplot is not None:
             _plot(pyplot, ranges, calibrations)
     _print_table(ranges, calibrations, errors)
+    print(f"wrote {arguments.out}")
 
 
 def _calibrate(arguments, texts):

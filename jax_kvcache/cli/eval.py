@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> None:
     windows = cut_windows(texts, model.config.context)
     targets = int(windows.targets.sum())
     if not targets:
-        raise CommandError("the text must have at least 2 bytes, got none to predict.")
+        raise CommandError("the text must have at least 2 bytes, got fewer.")
     sums = np.zeros(2)
     for tokens, counts in tqdm(
         zip(*windows, strict=True), desc="eval", unit="batch", total=len(windows.tokens)
