@@ -11,13 +11,11 @@
 namespace jax_kvcache {
 namespace {
 
-// Asks for `count` elements to be read (0) or written (1) a little later.
-template <int kWrite, typename T>
-JAX_KVCACHE_INLINE void Prefetch(const T* from, int64_t count) {
-  const char* bytes = reinterpret_cast<const char*>(from);
-  for (int64_t i = 0; i < count * static_cast<int64_t>(sizeof(T)); i += 64) {
-    __builtin_prefetch(bytes + i, kWrite, /*locality=*/2);
-  }
+// Asks for a cache row that is going to be written. Asking for the next x and q as well was
+// measured: 10 to 30% faster from memory, 15% slower from the cache, where a matmul has just left
+// x.
+JAX_KVCACHE_INLINE void PrefetchRow(const int8_t* row, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, /*rw=*/1);
 }
 
 template <typename T>
@@ -97,8 +95,8 @@ void Run(const Shape& shape, const Buffers& b, const Part& part) {
         t.k_row = b.k_cache + row * kv_width;
         t.v_row = b.v_cache + row * kv_width;
         // Rows lie anywhere in a large cache: ask for them while the q heads are computed.
-        Prefetch<1>(t.k_row, kv_width);
-        Prefetch<1>(t.v_row, kv_width);
+        PrefetchRow(t.k_row, kv_width);
+        PrefetchRow(t.v_row, kv_width);
       }
     }
 
@@ -115,11 +113,6 @@ void Run(const Shape& shape, const Buffers& b, const Part& part) {
       for (int64_t head = part.head_begin; head < rotated_end; ++head) {
         for (int64_t i = 0; i < count; ++i) {
           const Token<X, Table, Bias>& t = tokens[i];
-          if (first + i + count < part.token_end) {
-            // The same head of the tokens after these.
-            Prefetch<0>(t.in.x + count * hidden + head * d, d);
-            if (head < k_first) Prefetch<1>(t.q + (count * num_q + head) * d, d);
-          }
           if (head < k_first) {
             RotateHead<false>(t.in, head * d, half_dim, t.angles, t.q + head * d, Quantizer{});
           } else {
