@@ -12,11 +12,12 @@ namespace jax_kvcache {
 inline constexpr char kOperator[] = "dequant_rope_quant_kvcache";
 
 // Operands in the order of the call. Shapes are row-major and dense; g: group dimensions, possibly
-// none; g': as g with each dimension 1 (shared) or full; r: row dimensions, at least one.
+// none, G groups in all; g': as g with each dimension 1 (shared) or full; r: row dimensions, at
+// least one. The tables and the results are flat because XLA would copy some of them otherwise.
 enum Arg : int {
   kX,                // [*g, T, H] int32, float16, bfloat16, float32; H = (Nq + 2*Nkv) * D
-  kCos,              // [*g, T, D] float16, bfloat16, float32
-  kSin,              // [*g, T, D] as cos
+  kCos,              // [G * T * D] float16, bfloat16, float32
+  kSin,              // [G * T * D] as cos
   kKCache,           // [*g, *r, Nkv, D] int8
   kVCache,           // as k_cache
   kSlots,            // [*g, T] int32
@@ -32,8 +33,8 @@ enum Arg : int {
 
 // Results in the order of the call.
 enum Ret : int {
-  kQOut,       // [*g, T, Nq, D], dtype of cos
-  kKOut,       // [*g, T, Nkv, D], dtype of cos, or [0] when kv_output is false
+  kQOut,       // [G * T * Nq * D], dtype of cos
+  kKOut,       // [G * T * Nkv * D], dtype of cos, or [0] when kv_output is false
   kVOut,       // as k
   kKCacheOut,  // the buffer of operand k_cache
   kVCacheOut,  // the buffer of operand v_cache

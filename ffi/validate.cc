@@ -163,7 +163,7 @@ class Checker {
     return Same("v_cache", call_.args[kVCache], "k_cache", k);
   }
 
-  // x, cos and sin: H, Nq.
+  // x, cos and sin: H, Nq. What is flat has at most as many elements as x, whose number fits.
   bool Tokens() {
     const Tensor& x = call_.args[kX];
     const int64_t d = shape_.head_dim;
@@ -181,7 +181,7 @@ class Checker {
                            ", got H = " + std::to_string(hidden) + ".");
     }
     shape_.num_q = hidden / d - 2 * shape_.num_kv;
-    const Expected table = WithGroups("[*g, T, D]", {shape_.tokens, d});
+    const Expected table = {"[G * T * D]", {shape_.groups * shape_.tokens * d}, 1};
     return Exact("cos", call_.args[kCos], table) && Exact("sin", call_.args[kSin], table);
   }
 
@@ -249,10 +249,9 @@ class Checker {
         continue;
       }
       const int64_t heads = ret == kQOut ? shape_.num_q : shape_.num_kv;
-      const char* symbols = ret == kQOut ? "[*g, T, Nq, D]" : "[*g, T, Nkv, D]";
-      if (!Exact(kRetNames[ret], t, WithGroups(symbols, {shape_.tokens, heads, shape_.head_dim}))) {
-        return false;
-      }
+      const int64_t count = shape_.groups * shape_.tokens * heads * shape_.head_dim;
+      const char* symbols = ret == kQOut ? "[G * T * Nq * D]" : "[G * T * Nkv * D]";
+      if (!Exact(kRetNames[ret], t, {symbols, {count}, 1})) return false;
     }
     return Same(kRetNames[kKCacheOut], call_.rets[kKCacheOut], "k_cache", call_.args[kKCache]) &&
            Same(kRetNames[kVCacheOut], call_.rets[kVCacheOut], "k_cache", call_.args[kKCache]);

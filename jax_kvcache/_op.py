@@ -48,7 +48,10 @@ def _slots(indices, sizes, cache_mode, per_batch):
     """The flat slot of each token, over its batch's rows ([B, S]) or over all rows ([T])."""
     if cache_mode == "page":
         return indices.reshape(-1)
-    rows = contiguous_rows(indices.reshape(-1), 1 if sizes.S is None else sizes.S, sizes.C2)
+    S = 1 if sizes.S is None else sizes.S
+    if per_batch and S == 1:  # nothing to add, and a slot outside the rows is skipped anyway
+        return indices.reshape(-1, 1)
+    rows = contiguous_rows(indices.reshape(-1), S, sizes.C2)
     if per_batch:
         return rows
     base = jnp.arange(sizes.B, dtype=jnp.int32)[:, None] * jnp.asarray(sizes.C2, jnp.int32)

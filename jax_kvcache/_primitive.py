@@ -1,6 +1,7 @@
 """The primitive: shape rule, dtype rule, abstract evaluation, batching and lowerings."""
 
 import functools
+import math
 import warnings
 from typing import Any
 
@@ -172,33 +173,33 @@ batching.primitive_batchers[dequant_rope_quant_kvcache_p] = _batch
 # lowering and export take the same road
 
 
-def native_layouts(ops: Operands):
-    """Row-major layouts, major to minor, None where that is the only way to say it.
+def native_operands(ops: Operands) -> Operands:
+    """What the native target takes: the tables in one dimension, everything else as it is.
 
-    With one token per group the tables [*g, 1, D] come from a reshape, for which XLA in jaxlib 0.10
-    names the same order of bytes with the token dimension first; it copies where that name differs.
+    XLA lays out a reshape that only adds or takes a dimension of size 1 (a table's head, the one
+    token of a sequence) with that dimension first, and then copies the array to name the same bytes
+    otherwise. To and from one dimension it does not; so the target returns q, k and v flat, too.
     """
-    layouts: list[tuple[int, ...] | None] = [None] * len(ops)
-    rank = ops.cos.ndim
-    if rank > 2 and ops.cos.shape[-2] == 1:
-        for name in ("cos", "sin"):
-            layouts[Operands._fields.index(name)] = (rank - 2, *range(rank - 2), rank - 1)
-    return layouts
+    return ops._replace(cos=ops.cos.reshape(-1), sin=ops.sin.reshape(-1))
 
 
 def _native_call(*operands, platform, kv_output, **_):
-    results = _abstract_eval(
+    *projections, k_cache, v_cache = _abstract_eval(
         *map(jax.typeof, operands), kv_output=kv_output, indices_mode="", implementation=None
     )
+    flat = [
+        core.ShapedArray((math.prod(a.shape),), a.dtype, manual_axis_type=a.manual_axis_type)
+        for a in projections
+    ]
+    ops = native_operands(Operands(*operands))
     if platform in _ascend.PLATFORMS:
-        operands = _ascend.native_operands(Operands(*operands))
+        ops = _ascend.native_operands(ops)
     call = jax.ffi.ffi_call(
-        _ffi.TARGET,
-        results,
-        input_output_aliases={3: 3, 4: 4},
-        input_layouts=native_layouts(Operands(*operands)),
+        _ffi.TARGET, [*flat, k_cache, v_cache], input_output_aliases={3: 3, 4: 4}
     )
-    return call(*operands, kv_output=kv_output)
+    *outputs, k_cache, v_cache = call(*ops, kv_output=kv_output)
+    outputs = [a.reshape(aval.shape) for a, aval in zip(outputs, projections, strict=True)]
+    return [*outputs, k_cache, v_cache]
 
 
 def _native_abstract_eval(*avals, platform, **params):

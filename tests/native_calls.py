@@ -1,6 +1,7 @@
 """Direct calls of the native CPU target, without the operator's Python checks."""
 
 import ctypes
+import math
 import os
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 from jax_kvcache import _ffi
 from jax_kvcache._checks import Call
 from jax_kvcache._op import canonical_operands
+from jax_kvcache._primitive import native_operands
 from jax_kvcache._reference import Operands
 
 LIBRARY = ctypes.CDLL(str(_ffi.library_path()))
@@ -24,9 +26,9 @@ THREADS = len(os.sched_getaffinity(0))
 def results_of(operands: Operands, kv_output: bool) -> list[jax.ShapeDtypeStruct]:
     *tokens, H = operands.x.shape
     *_, Nkv, D = operands.k_cache.shape
-    kv = (*tokens, Nkv, D) if kv_output else (0,)
-    shapes = [(*tokens, H // D - 2 * Nkv, D), kv, kv]
-    outputs = [jax.ShapeDtypeStruct(shape, operands.cos.dtype) for shape in shapes]
+    kv = math.prod(tokens) * Nkv * D
+    sizes = [math.prod(tokens) * H - 2 * kv, *[kv if kv_output else 0] * 2]
+    outputs = [jax.ShapeDtypeStruct((size,), operands.cos.dtype) for size in sizes]
     caches = (operands.k_cache, operands.v_cache)
     return [*outputs, *(jax.ShapeDtypeStruct(c.shape, c.dtype) for c in caches)]
 
@@ -38,7 +40,8 @@ def call(operands, results, *, aliases=None, **attributes):
 
 
 def canonical(inputs: dict, **options) -> Operands:
-    return canonical_operands(Call(**inputs, **options))[0]
+    """The operands as the native target takes them."""
+    return native_operands(canonical_operands(Call(**inputs, **options))[0])
 
 
 def in_order(operands: Operands) -> list[np.ndarray]:

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 
 import calls
 import hlo
@@ -108,6 +109,24 @@ def test_vmap(cache_mode, levels, implementation):
     compiled = compile_step(function, **call)
     hlo.assert_in_place(compiled, elements(call))
     assert compiled.memory_analysis().temp_size_in_bytes < elements(call) // 10
+
+
+@pytest.mark.parametrize("levels", [0, 1, 2])
+@pytest.mark.parametrize("tokens", [(1, 1), (4, 1), (1, 4), (4, 4)], ids=str)
+@pytest.mark.parametrize("cache_mode", ["contiguous", "page"])
+def test_native_call_copies_nothing(cache_mode, tokens, levels):
+    """Around the native call there is at most one fusion: the slots of several tokens."""
+    B, S = tokens
+    function = functools.partial(
+        dequant_rope_quant_kvcache, cache_mode=cache_mode, kv_output=True, implementation="ffi"
+    )
+    call = calls.arguments(**SMALL | {"B": B, "S": S, "C1": B}, cache_mode=cache_mode)
+    for size in (2, 3)[:levels]:
+        function = jax.vmap(function)
+        call = {k: jax.ShapeDtypeStruct((size, *v.shape), v.dtype) for k, v in call.items()}
+    text = compile_step(function, **call).as_text()
+    assert re.findall(r" (?:copy|transpose)\(.*", text) == []
+    assert text.count(" fusion(") == (cache_mode == "contiguous" and S > 1)
 
 
 @pytest.mark.parametrize("implementation", ["xla", "ffi"])

@@ -146,8 +146,10 @@ inline RandomCall MakeRandomCall(Random& random, const Sizes& s, bool any_bits) 
   RandomCall c;
   c.kv_output = Below(random, 2) == 1;
   c.args[kX].Reset(quantized ? DType::kS32 : table, token({hidden}));
-  c.args[kCos].Reset(table, token({s.head_dim}));
-  c.args[kSin].Reset(table, token({s.head_dim}));
+  int64_t per_head = s.tokens * s.head_dim;  // elements
+  for (const int64_t dim : s.groups) per_head *= dim;
+  c.args[kCos].Reset(table, {per_head});
+  c.args[kSin].Reset(table, {per_head});
   for (const Arg cache : {kKCache, kVCache}) {
     c.args[cache].Reset(DType::kS8, Join(Join(s.groups, s.rows), heads));
     for (uint8_t& byte : c.args[cache].bytes()) byte = static_cast<uint8_t>(random());
@@ -165,9 +167,9 @@ inline RandomCall MakeRandomCall(Random& random, const Sizes& s, bool any_bits) 
   c.args[kActivationScale].Reset(DType::kF32, activation ? token({}) : std::vector<int64_t>{0});
   const DType bias_dtype = bias ? kBiases[Below(random, 4)] : DType::kF32;
   c.args[kBias].Reset(bias_dtype, bias ? parameter({hidden}) : std::vector<int64_t>{0});
-  c.rets[kQOut].Reset(table, token({s.num_q, s.head_dim}));
+  c.rets[kQOut].Reset(table, {per_head * s.num_q});
   for (const Ret ret : {kKOut, kVOut}) {
-    c.rets[ret].Reset(table, c.kv_output ? token(heads) : std::vector<int64_t>{0});
+    c.rets[ret].Reset(table, {c.kv_output ? per_head * s.num_kv : 0});
   }
 
   if (quantized) {

@@ -11,7 +11,7 @@ import numpy as np
 from jax_kvcache import _ffi, dequant_rope_quant_kvcache
 from jax_kvcache._checks import Call
 from jax_kvcache._op import canonical_operands
-from jax_kvcache._primitive import native_layouts
+from jax_kvcache._primitive import native_operands
 
 EMPTY = f"{_ffi.TARGET}_empty"
 MEMCPY = "jax_kvcache_memcpy"
@@ -150,11 +150,11 @@ def empty(caches, inputs, *, cache_mode):
     B, S, _ = call.x.shape
     *_, Nkv, D = caches[0].shape
     heads = (call.x.shape[-1] // D - 2 * Nkv, Nkv, Nkv)
-    projections = [jax.ShapeDtypeStruct((B, S, n, D), call.cos.dtype) for n in heads]
-    results = [*projections, *(jax.ShapeDtypeStruct(c.shape, c.dtype) for c in caches)]
-    *outputs, k_cache, v_cache = jax.ffi.ffi_call(
-        EMPTY, results, input_output_aliases={3: 3, 4: 4}, input_layouts=native_layouts(operands)
-    )(*operands, kv_output=True)
+    flat = [jax.ShapeDtypeStruct((B * S * n * D,), call.cos.dtype) for n in heads]
+    results = [*flat, *(jax.ShapeDtypeStruct(c.shape, c.dtype) for c in caches)]
+    target = jax.ffi.ffi_call(EMPTY, results, input_output_aliases={3: 3, 4: 4})
+    *outputs, k_cache, v_cache = target(*native_operands(operands), kv_output=True)
+    outputs = [a.reshape(B, S, n, D) for a, n in zip(outputs, heads, strict=True)]
     return outputs, (k_cache, v_cache)
 
 

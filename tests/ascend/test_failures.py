@@ -105,14 +105,14 @@ def test_status(status, name, code, advice, standin):
 def target(aliases=((3, 3), (4, 4)), **changes):
     """The FFI target called directly, past the lowering's checks."""
     operands = {
-        "x": jnp.ones((2, 1, 256), jnp.float16), "cos": jnp.ones((2, 1, 64), jnp.float16),
-        "sin": jnp.ones((2, 1, 64), jnp.float16), "k_cache": jnp.zeros((2, 8, 1, 64), jnp.int8),
+        "x": jnp.ones((2, 1, 256), jnp.float16), "cos": jnp.ones(2 * 1 * 64, jnp.float16),
+        "sin": jnp.ones(2 * 1 * 64, jnp.float16), "k_cache": jnp.zeros((2, 8, 1, 64), jnp.int8),
         "v_cache": jnp.zeros((2, 8, 1, 64), jnp.int8), "slots": jnp.zeros((2, 1), jnp.int32),
         "scale_k": jnp.ones((1, 1, 64)), "scale_v": jnp.ones((1, 1, 64)),
     } | changes  # fmt: skip
     cache, dtype = operands["k_cache"], operands["cos"].dtype
     results = [
-        jax.ShapeDtypeStruct((2, 1, 2, 64), dtype),
+        jax.ShapeDtypeStruct((2 * 1 * 2 * 64,), dtype),
         *[jax.ShapeDtypeStruct((0,), dtype)] * 2,
         *[jax.ShapeDtypeStruct(cache.shape, jnp.int8)] * 2,
     ]
@@ -127,7 +127,7 @@ def target(aliases=((3, 3), (4, 4)), **changes):
 
 def test_the_handler_checks_for_itself(standin):
     target()
-    tables = {name: jnp.ones((2, 1, 64), jnp.float32) for name in ("cos", "sin")}
+    tables = {name: jnp.ones(2 * 1 * 64, jnp.float32) for name in ("cos", "sin")}
     with pytest.raises(ERRORS, match=r"`cos` must have dtype float16 or bfloa"):
         target(x=jnp.ones((2, 1, 256), jnp.float32), **tables)
     with pytest.raises(ERRORS, match="must be shared by all groups on Ascend"):
