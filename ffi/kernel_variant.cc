@@ -23,116 +23,219 @@ JAX_KVCACHE_INLINE T* Advance(T* pointer, int64_t count) {
   return pointer == nullptr ? nullptr : pointer + count;
 }
 
-// What one token reads and writes, at its first column or element.
+// One call's walk over the tokens of one part.
 template <typename X, typename Table, typename Bias>
-struct Token {
-  TokenInput<X, Bias> in;
-  const Table* cos;  // [D]
-  const Table* sin;  // [D]
-  Table* q;          // [Nq, D]
-  Table* k;          // [Nkv, D], or null
-  Table* v;          // [Nkv, D], or null
-  int8_t* k_row;     // [Nkv, D], or null
-  int8_t* v_row;     // [Nkv, D], or null
-  Angles angles;
-};
+class Walk {
+ public:
+  Walk(const Shape& shape, const Buffers& buffers, const Part& part)
+      : shape_(shape),
+        b_(buffers),
+        part_(part),
+        d_(shape.head_dim),
+        half_dim_(shape.head_dim / 2),
+        hidden_(shape.hidden()),
+        kv_width_(shape.num_kv * shape.head_dim),
+        v_first_(shape.num_q + shape.num_kv) {}
 
-// Tokens that share their parameters go through each head together if a row of weight scales and
-// bias does not stay in a first-level cache by itself (48 KB at H = 6144): a head's part of them, 1
-// KB at D = 128, then does. Narrower rows go one by one, which reads x in longer runs.
-constexpr int kTokensTogether = 4;
-constexpr int64_t kNarrow = 4096;  // columns: 32 KB of float32 weight scales and bias
+  JAX_KVCACHE_INLINE void Run() {
+    const bool shared = shape_.SharesParameters();
+    int64_t token = part_.token_begin;
+    while (token < part_.token_end) {
+      const int64_t group = token / shape_.tokens;
+      const int64_t group_end = (group + 1) * shape_.tokens;
+      const int64_t end = shared || part_.token_end < group_end ? part_.token_end : group_end;
+      FindParameters(group);
+      for (; token + kTokens <= end; token += kTokens) Tokens<kTokens>(token);
+      for (; token < end; ++token) Tokens<1>(token);
+    }
+  }
 
-template <typename X, typename Table, typename Bias>
-void Run(const Shape& shape, const Buffers& b, const Part& part) {
-  const int64_t d = shape.head_dim;
-  const int64_t half_dim = d / 2;
-  const int64_t num_q = shape.num_q;
-  const int64_t num_kv = shape.num_kv;
-  const int64_t kv_width = num_kv * d;
-  const int64_t hidden = num_q * d + 2 * kv_width;
-  const int64_t k_first = num_q;
-  const int64_t v_first = num_q + num_kv;
-  const int64_t rotated_end = part.head_end < v_first ? part.head_end : v_first;
-  const bool shared = shape.SharesParameters();
+ private:
+  // Tokens that share their parameters go through a head together, so that these are read once for
+  // all; measured at 1, 2 and 4. They read and write that many rows at a time, which also hides
+  // more of the memory's latency.
+  static constexpr int kTokens = 4;
+  // So many vectors of each half of a head at a time; their angles are read once for all heads.
+  static constexpr int kBlocks = 64 / kLanes;
 
-  Token<X, Table, Bias> tokens[kTokensTogether];
-  int64_t count = 0;
-  for (int64_t first = part.token_begin; first < part.token_end; first += count) {
-    const int64_t group = first / shape.tokens;
-    const int64_t end = shared ? part.token_end : (group + 1) * shape.tokens;
-    count = (end < part.token_end ? end : part.token_end) - first;
-    const int64_t together = hidden > kNarrow ? kTokensTogether : 1;
-    count = count < together ? count : together;
-    const float* scale_k = b.scale_k + shape.ParameterBlock(kScaleK, group) * kv_width;
-    const float* scale_v = b.scale_v + shape.ParameterBlock(kScaleV, group) * kv_width;
-    const float* offset_k = Advance(b.offset_k, shape.ParameterBlock(kOffsetK, group) * kv_width);
-    const float* offset_v = Advance(b.offset_v, shape.ParameterBlock(kOffsetV, group) * kv_width);
+  // What one token reads and writes.
+  struct Token {
+    const X* x;  // [H]
+    float activation_scale;
+    const Table* cos;  // [D]
+    const Table* sin;  // [D]
+    Table* q;          // [Nq, D]
+    Table* k;          // [Nkv, D], or null
+    Table* v;          // [Nkv, D], or null
+    int8_t* k_row;     // [Nkv, D], or null
+    int8_t* v_row;     // [Nkv, D], or null
+  };
 
-    for (int64_t i = 0; i < count; ++i) {
-      Token<X, Table, Bias>& t = tokens[i];
-      const int64_t token = first + i;
-      t.in = {};
-      t.in.x = static_cast<const X*>(b.x) + token * hidden;
-      if constexpr (std::is_same_v<X, int32_t>) {
-        t.in.weight_scale = b.weight_scale + shape.ParameterBlock(kWeightScale, group) * hidden;
-        t.in.activation_scale = b.activation_scale == nullptr ? 1.0f : b.activation_scale[token];
-        if constexpr (!std::is_same_v<Bias, NoBias>) {
-          t.in.bias =
-              static_cast<const Bias*>(b.bias) + shape.ParameterBlock(kBias, group) * hidden;
+  JAX_KVCACHE_INLINE void FindParameters(int64_t group) {
+    scale_k_ = b_.scale_k + shape_.ParameterBlock(kScaleK, group) * kv_width_;
+    scale_v_ = b_.scale_v + shape_.ParameterBlock(kScaleV, group) * kv_width_;
+    offset_k_ = Advance(b_.offset_k, shape_.ParameterBlock(kOffsetK, group) * kv_width_);
+    offset_v_ = Advance(b_.offset_v, shape_.ParameterBlock(kOffsetV, group) * kv_width_);
+    weight_scale_ = Advance(b_.weight_scale, shape_.ParameterBlock(kWeightScale, group) * hidden_);
+    bias_ =
+        Advance(static_cast<const Bias*>(b_.bias), shape_.ParameterBlock(kBias, group) * hidden_);
+  }
+
+  JAX_KVCACHE_INLINE Token Find(int64_t token) const {
+    Token t;
+    t.x = static_cast<const X*>(b_.x) + token * hidden_;
+    t.activation_scale = b_.activation_scale == nullptr ? 1.0f : b_.activation_scale[token];
+    t.cos = static_cast<const Table*>(b_.cos) + token * d_;
+    t.sin = static_cast<const Table*>(b_.sin) + token * d_;
+    t.q = static_cast<Table*>(b_.q) + token * shape_.num_q * d_;
+    t.k = Advance(static_cast<Table*>(b_.k), token * kv_width_);
+    t.v = Advance(static_cast<Table*>(b_.v), token * kv_width_);
+    t.k_row = nullptr;
+    t.v_row = nullptr;
+    const int64_t slot = b_.slots[token];
+    if (slot >= 0 && slot < shape_.rows) {
+      const int64_t row = token / shape_.tokens * shape_.rows + slot;
+      t.k_row = b_.k_cache + row * kv_width_;
+      t.v_row = b_.v_cache + row * kv_width_;
+      // Rows lie anywhere in a large cache: ask for them while the q heads are computed.
+      PrefetchRow(t.k_row, kv_width_);
+      PrefetchRow(t.v_row, kv_width_);
+    }
+    return t;
+  }
+
+  // M tokens from `first` on.
+  template <int M>
+  JAX_KVCACHE_INLINE void Tokens(int64_t first) const {
+    Token tokens[M];
+    for (int m = 0; m < M; ++m) tokens[m] = Find(first + m);
+
+    if (part_.head_begin < v_first_) {
+      int64_t column = RotateColumns<kLanes, kBlocks, M>(tokens, 0);
+      column = RotateColumns<kLanes, 1, M>(tokens, column);
+      column = RotateColumns<4, 1, M>(tokens, column);
+      RotateColumns<1, 1, M>(tokens, column);
+    }
+    for (int64_t head = part_.head_begin > v_first_ ? part_.head_begin : v_first_;
+         head < part_.head_end; ++head) {
+      int64_t column = CopyColumns<kLanes, M>(tokens, head, 0);
+      column = CopyColumns<4, M>(tokens, head, column);
+      CopyColumns<1, M>(tokens, head, column);
+    }
+  }
+
+  // The heads of q and k at columns [begin, D/2) of each half, as far as B * N at a time go.
+  // Returns where it stopped.
+  template <int N, int B, int M>
+  JAX_KVCACHE_INLINE int64_t RotateColumns(const Token (&tokens)[M], int64_t begin) const {
+    const int64_t q_end = part_.head_end < shape_.num_q ? part_.head_end : shape_.num_q;
+    const int64_t k_begin = part_.head_begin > shape_.num_q ? part_.head_begin : shape_.num_q;
+    const int64_t k_end = part_.head_end < v_first_ ? part_.head_end : v_first_;
+    int64_t column = begin;
+    for (; column + B * N <= half_dim_; column += B * N) {
+      Angles<N, Table> angles[M][B];
+      for (int m = 0; m < M; ++m) {
+        for (int i = 0; i < B; ++i) {
+          const int64_t j = column + i * N;
+          angles[m][i].Read(tokens[m].cos + j, tokens[m].sin + j, half_dim_);
         }
       }
-      t.cos = static_cast<const Table*>(b.cos) + token * d;
-      t.sin = static_cast<const Table*>(b.sin) + token * d;
-      t.q = static_cast<Table*>(b.q) + token * num_q * d;
-      t.k = Advance(static_cast<Table*>(b.k), token * kv_width);
-      t.v = Advance(static_cast<Table*>(b.v), token * kv_width);
-      t.k_row = nullptr;
-      t.v_row = nullptr;
-      const int64_t slot = b.slots[token];
-      if (slot >= 0 && slot < shape.rows) {
-        const int64_t row = token / shape.tokens * shape.rows + slot;
-        t.k_row = b.k_cache + row * kv_width;
-        t.v_row = b.v_cache + row * kv_width;
-        // Rows lie anywhere in a large cache: ask for them while the q heads are computed.
-        PrefetchRow(t.k_row, kv_width);
-        PrefetchRow(t.v_row, kv_width);
+      for (int64_t head = part_.head_begin; head < q_end; ++head) {
+        for (int i = 0; i < B; ++i) {
+          const int64_t at = head * d_ + column + i * N;
+          const Halves<Dequantizer<N, X, Bias>> dequantizers = {DequantizerAt<N>(at),
+                                                                DequantizerAt<N>(at + half_dim_)};
+          for (int m = 0; m < M; ++m) {
+            const Token& t = tokens[m];
+            StoreHalves<N>(angles[m][i].Rotate(Values<N>(t, at, dequantizers)), t.q + at);
+          }
+        }
       }
-    }
-
-    for (int64_t column = 0; column < half_dim && part.head_begin < v_first;
-         column += Angles::kMax) {
-      for (int64_t i = 0; i < count; ++i) {
-        Angles& angles = tokens[i].angles;
-        angles.first = column;
-        angles.count = half_dim - column < Angles::kMax ? half_dim - column : Angles::kMax;
-        int64_t j = angles.Fill<kLanes>(tokens[i].cos, tokens[i].sin, half_dim, 0);
-        j = angles.Fill<4>(tokens[i].cos, tokens[i].sin, half_dim, j);
-        angles.Fill<1>(tokens[i].cos, tokens[i].sin, half_dim, j);
-      }
-      for (int64_t head = part.head_begin; head < rotated_end; ++head) {
-        for (int64_t i = 0; i < count; ++i) {
-          const Token<X, Table, Bias>& t = tokens[i];
-          if (head < k_first) {
-            RotateHead<false>(t.in, head * d, half_dim, t.angles, t.q + head * d, Quantizer{});
-          } else {
-            const int64_t at = (head - k_first) * d;
-            const Quantizer quantizer = {scale_k + at, Advance(offset_k, at), Advance(t.k_row, at)};
-            RotateHead<true>(t.in, head * d, half_dim, t.angles, Advance(t.k, at), quantizer);
+      for (int64_t head = k_begin; head < k_end; ++head) {
+        for (int i = 0; i < B; ++i) {
+          const int64_t at = head * d_ + column + i * N;
+          const int64_t k_at = at - shape_.num_q * d_;
+          const Halves<Dequantizer<N, X, Bias>> dequantizers = {DequantizerAt<N>(at),
+                                                                DequantizerAt<N>(at + half_dim_)};
+          const Quantizer<N> low_codes(scale_k_ + k_at, Advance(offset_k_, k_at));
+          const Quantizer<N> high_codes(scale_k_ + k_at + half_dim_,
+                                        Advance(offset_k_, k_at + half_dim_));
+          for (int m = 0; m < M; ++m) {
+            const Token& t = tokens[m];
+            const Halves<Floats<N>> k = angles[m][i].Rotate(Values<N>(t, at, dequantizers));
+            if (t.k != nullptr) StoreHalves<N>(k, t.k + k_at);
+            if (t.k_row != nullptr) {
+              low_codes.Put(RoundTo<Compute, N>(k.low), t.k_row + k_at);
+              high_codes.Put(RoundTo<Compute, N>(k.high), t.k_row + k_at + half_dim_);
+            }
           }
         }
       }
     }
-    for (int64_t head = part.head_begin > v_first ? part.head_begin : v_first; head < part.head_end;
-         ++head) {
-      const int64_t at = (head - v_first) * d;
-      for (int64_t i = 0; i < count; ++i) {
-        const Token<X, Table, Bias>& t = tokens[i];
-        const Quantizer quantizer = {scale_v + at, Advance(offset_v, at), Advance(t.v_row, at)};
-        CopyHead(t.in, head * d, d, Advance(t.v, at), quantizer);
+    return column;
+  }
+
+  // One head of v at columns [begin, D), as far as N at a time go. Returns where it stopped.
+  template <int N, int M>
+  JAX_KVCACHE_INLINE int64_t CopyColumns(const Token (&tokens)[M], int64_t head,
+                                         int64_t begin) const {
+    int64_t column = begin;
+    for (; column + N <= d_; column += N) {
+      const int64_t at = head * d_ + column;
+      const int64_t v_at = at - v_first_ * d_;
+      const auto values = DequantizerAt<N>(at);
+      const Quantizer<N> codes(scale_v_ + v_at, Advance(offset_v_, v_at));
+      for (int m = 0; m < M; ++m) {
+        const Token& t = tokens[m];
+        const Floats<N> value = values.Value(t.x + at, t.activation_scale);
+        if (t.v != nullptr) Store<N>(value, t.v + v_at);
+        if (t.v_row != nullptr) codes.Put(value, t.v_row + v_at);
       }
     }
+    return column;
   }
+
+  template <int N>
+  JAX_KVCACHE_INLINE Dequantizer<N, X, Bias> DequantizerAt(int64_t column) const {
+    return {Advance(weight_scale_, column), Advance(bias_, column)};
+  }
+
+  using Compute = typename Angles<1, Table>::Compute;
+
+  template <int N>
+  JAX_KVCACHE_INLINE Halves<Floats<N>> Values(
+      const Token& t, int64_t at, const Halves<Dequantizer<N, X, Bias>>& dequantizers) const {
+    const Halves<Floats<N>> x = {dequantizers.low.Value(t.x + at, t.activation_scale),
+                                 dequantizers.high.Value(t.x + at + half_dim_, t.activation_scale)};
+    if constexpr (!std::is_same_v<X, int32_t>) return x;  // is in the tables' type
+    return {RoundTo<Compute, N>(x.low), RoundTo<Compute, N>(x.high)};
+  }
+
+  template <int N>
+  JAX_KVCACHE_INLINE void StoreHalves(const Halves<Floats<N>>& value, Table* to) const {
+    Store<N>(value.low, to);
+    Store<N>(value.high, to + half_dim_);
+  }
+
+  const Shape& shape_;
+  const Buffers& b_;
+  const Part& part_;
+  const int64_t d_;
+  const int64_t half_dim_;
+  const int64_t hidden_;
+  const int64_t kv_width_;
+  const int64_t v_first_;
+  const float* scale_k_;
+  const float* scale_v_;
+  const float* offset_k_;
+  const float* offset_v_;
+  const float* weight_scale_;
+  const Bias* bias_;
+};
+
+template <typename X, typename Table, typename Bias>
+void Run(const Shape& shape, const Buffers& buffers, const Part& part) {
+  Walk<X, Table, Bias>(shape, buffers, part).Run();
 }
 
 template <typename Table>

@@ -61,10 +61,7 @@ JAX_KVCACHE_INLINE Floats<N> RoundTo(Floats<N> value) {
 // clip(rint(z), -128, 127) with NaN -> 0, to N bytes.
 template <int N>
 JAX_KVCACHE_INLINE void StoreCodes(Floats<N> z, int8_t* to) {
-  // Adding 1.5 * 2^23 rounds to an integer, half to even, and leaves it in the low bits; clipping
-  // first to integers changes no code and keeps the sum in range.
-  const UInts<N> integer = BitCast<UInts<N>>(Clip<N>(z) + 0x1.8p23f) - 0x4B400000U;
-  const Bytes<N> codes = LowBytes<N>(BitCast<Ints<N>>(integer & BitCast<UInts<N>>(z == z)));
+  const Bytes<N> codes = ToCodes<N>(z);
   std::memcpy(to, &codes, sizeof(codes));
 }
 

@@ -103,30 +103,29 @@ JAX_KVCACHE_INLINE Shorts<N> ToBFloatBits(Floats<N> value) {
   return Narrow<N>(Select<N>(nan, UInts<N>{} + 0x7FC0U, rounded));
 }
 
-// min(max(z, -128), 127). A NaN may come out as anything.
+// clip(rint(z), -128, 127), half to even, NaN -> 0.
 template <int N>
-JAX_KVCACHE_INLINE Floats<N> Clip(Floats<N> z) {
+JAX_KVCACHE_INLINE Bytes<N> ToCodes(Floats<N> z) {
   const UInts<N> low = BitCast<UInts<N>>(z < -128.0f);
   const UInts<N> high = BitCast<UInts<N>>(z > 127.0f);
   UInts<N> bits = Select<N>(low, BitCast<UInts<N>>(Floats<N>{} - 128.0f), BitCast<UInts<N>>(z));
   bits = Select<N>(high, BitCast<UInts<N>>(Floats<N>{} + 127.0f), bits);
-  return BitCast<Floats<N>>(bits);
-}
-
-// The low byte of each lane.
-template <int N>
-JAX_KVCACHE_INLINE Bytes<N> LowBytes(Ints<N> v) {
-  return __builtin_convertvector(v, Bytes<N>);
+  // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits; clipping first, to
+  // integers, changes no code and keeps the sum in range.
+  const UInts<N> integer = BitCast<UInts<N>>(BitCast<Floats<N>>(bits) + 0x1.8p23f) - 0x4B400000U;
+  const UInts<N> number = BitCast<UInts<N>>(z == z);
+  return __builtin_convertvector(BitCast<Ints<N>>(integer & number), Bytes<N>);
 }
 
 #if defined(__x86_64__)
+// The conversion to int32 makes -2^31 of what it cannot hold, which is right for all that is below
+// -128; what is above 127 is clipped before it, and NaN is masked.
 template <>
-JAX_KVCACHE_INLINE Floats<4> Clip<4>(Floats<4> z) {
-  return _mm_min_ps(_mm_max_ps(z, _mm_set1_ps(-128.0f)), _mm_set1_ps(127.0f));
-}
-template <>
-JAX_KVCACHE_INLINE Bytes<4> LowBytes<4>(Ints<4> v) {
-  const __m128i words = _mm_packs_epi32(BitCast<__m128i>(v), BitCast<__m128i>(v));
+JAX_KVCACHE_INLINE Bytes<4> ToCodes<4>(Floats<4> z) {
+  const __m128 number = _mm_cmpord_ps(z, z);
+  const __m128i integer = _mm_cvtps_epi32(_mm_min_ps(z, _mm_set1_ps(127.0f)));
+  const __m128i masked = _mm_and_si128(integer, _mm_castps_si128(number));
+  const __m128i words = _mm_packs_epi32(masked, masked);
   return BitCast<Bytes<4>>(_mm_cvtsi128_si32(_mm_packs_epi16(words, words)));
 }
 #elif defined(__aarch64__)
@@ -138,10 +137,12 @@ template <>
 JAX_KVCACHE_INLINE Shorts<4> ToHalfBits<4>(Floats<4> value) {
   return BitCast<Shorts<4>>(vcvt_f16_f32(BitCast<float32x4_t>(value)));
 }
+// Saturates, and makes 0 of NaN.
 template <>
-JAX_KVCACHE_INLINE Floats<4> Clip<4>(Floats<4> z) {
-  const float32x4_t raised = vmaxq_f32(BitCast<float32x4_t>(z), vdupq_n_f32(-128.0f));
-  return BitCast<Floats<4>>(vminq_f32(raised, vdupq_n_f32(127.0f)));
+JAX_KVCACHE_INLINE Bytes<4> ToCodes<4>(Floats<4> z) {
+  const int16x4_t words = vqmovn_s32(vcvtnq_s32_f32(BitCast<float32x4_t>(z)));
+  const int8x8_t codes = vqmovn_s16(vcombine_s16(words, words));
+  return BitCast<Bytes<4>>(vget_lane_s32(vreinterpret_s32_s8(codes), 0));
 }
 #endif
 
@@ -167,14 +168,12 @@ JAX_KVCACHE_INLINE Shorts<8> ToHalfBits<8>(Floats<8> value) {
   return BitCast<Shorts<8>>(_mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
 }
 template <>
-JAX_KVCACHE_INLINE Floats<8> Clip<8>(Floats<8> z) {
-  return _mm256_min_ps(_mm256_max_ps(z, _mm256_set1_ps(-128.0f)), _mm256_set1_ps(127.0f));
-}
-template <>
-JAX_KVCACHE_INLINE Bytes<8> LowBytes<8>(Ints<8> v) {
-  const __m256i wide = BitCast<__m256i>(v);
+JAX_KVCACHE_INLINE Bytes<8> ToCodes<8>(Floats<8> z) {
+  const __m256 number = _mm256_cmp_ps(z, z, _CMP_ORD_Q);
+  const __m256i integer = _mm256_cvtps_epi32(_mm256_min_ps(z, _mm256_set1_ps(127.0f)));
+  const __m256i masked = _mm256_and_si256(integer, _mm256_castps_si256(number));
   const __m128i words =
-      _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+      _mm_packs_epi32(_mm256_castsi256_si128(masked), _mm256_extracti128_si256(masked, 1));
   return BitCast<Bytes<8>>(_mm_cvtsi128_si64(_mm_packs_epi16(words, words)));
 }
 #endif
@@ -207,12 +206,10 @@ JAX_KVCACHE_INLINE Shorts<16> ToBFloatBits<16>(Floats<16> value) {
 }
 #endif
 template <>
-JAX_KVCACHE_INLINE Floats<16> Clip<16>(Floats<16> z) {
-  return _mm512_min_ps(_mm512_max_ps(z, _mm512_set1_ps(-128.0f)), _mm512_set1_ps(127.0f));
-}
-template <>
-JAX_KVCACHE_INLINE Bytes<16> LowBytes<16>(Ints<16> v) {
-  return BitCast<Bytes<16>>(_mm512_cvtepi32_epi8(BitCast<__m512i>(v)));
+JAX_KVCACHE_INLINE Bytes<16> ToCodes<16>(Floats<16> z) {
+  const __mmask16 number = _mm512_cmp_ps_mask(z, z, _CMP_ORD_Q);
+  const __m512 clipped = _mm512_min_ps(z, _mm512_set1_ps(127.0f));
+  return BitCast<Bytes<16>>(_mm512_cvtsepi32_epi8(_mm512_maskz_cvtps_epi32(number, clipped)));
 }
 #endif
 
