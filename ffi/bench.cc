@@ -16,10 +16,11 @@ ffi::Error Empty(ffi::ThreadPool, ffi::RemainingArgs, ffi::RemainingRets, bool) 
   return ffi::Error::Success();
 }
 
-// Copies operand 0 over operand 1, which result 0 aliases, with at most that many
-// threads.
+// Copies operand 0 over operand 1, which result 0 aliases, with at most that many threads. The
+// operands and results after these are there so that the call costs what the operator's does.
 ffi::Error Copy(ffi::ThreadPool pool, ffi::Buffer<ffi::U8> from, ffi::Buffer<ffi::U8> to,
-                ffi::ResultBuffer<ffi::U8> result, int64_t threads) {
+                ffi::RemainingArgs, ffi::ResultBuffer<ffi::U8> result, ffi::RemainingRets,
+                int64_t threads) {
   if (to.typed_data() != result->typed_data() || from.element_count() != to.element_count()) {
     return ffi::Error::InvalidArgument(
         "memcpy: takes two arrays of one size, the second in place.");
@@ -50,5 +51,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_kvcache_memcpy, jax_kvcache::Copy,
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::U8>>()  // from
                                   .Arg<xla::ffi::Buffer<xla::ffi::U8>>()  // to
+                                  .RemainingArgs()
                                   .Ret<xla::ffi::Buffer<xla::ffi::U8>>()  // to
+                                  .RemainingRets()
                                   .Attr<int64_t>("threads"));

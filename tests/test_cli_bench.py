@@ -14,7 +14,12 @@ SMALL = bench_cases.Case(3, 1, 2, 1, 64, "contiguous", 3, 4)
 
 @pytest.fixture
 def small(monkeypatch):
-    cases = {"small": SMALL, "page": SMALL._replace(S=2, cache_mode="page", C1=5)}
+    cases = {
+        "small": SMALL,
+        "page": SMALL._replace(S=2, cache_mode="page", C1=5),
+        "vmap": SMALL._replace(form="vmap", calls=2),
+        "layers": SMALL._replace(form="layers", calls=2),
+    }
     monkeypatch.setattr(bench_cases, "CASES", cases)
     monkeypatch.setattr(bench, "ROUND_SECONDS", 1e-4)
     monkeypatch.setattr(bench, "ROTATED_BYTES", 20_000)
@@ -28,15 +33,21 @@ def test_json(small, capsys):
     assert run("--json", "--rotate") == 0
     report = json.loads(capsys.readouterr().out)
     assert report["simd"] == _ffi.simd()
-    assert list(report["shapes"]) == ["small", "page"]
-    for shape in report["shapes"].values():
+    assert list(report["shapes"]) == ["small", "page", "vmap", "layers"]
+    of_all, of_calls = {"ffi", "xla", "ffi_16x"}, {"obvious", "empty", "memcpy", "half_memcpy"}
+    for name, shape in report["shapes"].items():
         times = shape["microseconds"]
-        assert set(times) >= {"ffi", "xla", "obvious", "empty", "memcpy", "half_memcpy", "ffi_16x"}
+        assert set(times) == (of_all | of_calls if name in ("small", "page") else of_all)
         assert all(time > 0 for time in times.values())
         assert shape["ratios"]["ffi/xla"] == pytest.approx(times["ffi"] / times["xla"])
+        assert shape["page_faults"] >= 0
     # 3 tokens of 256 columns: int32 in, bfloat16 and two int8 rows out; tables, slots, parameters.
     tokens = 3 * (4 * 256 + 2 * 2 * 64 + 4 + 4 + 2 * 256 + 2 * 64)
-    assert report["shapes"]["small"]["bytes"] == tokens + 4 * (2 * 256 + 4 * 64)
+    small = tokens + 4 * (2 * 256 + 4 * 64)
+    assert report["shapes"]["small"]["bytes"] == small
+    assert report["shapes"]["vmap"]["bytes"] == 2 * small
+    # a layered cache's update returns q alone
+    assert report["shapes"]["layers"]["bytes"] == 2 * (small - 3 * 2 * 2 * 64)
 
 
 def test_text_and_plot(small, capsys, tmp_path):
@@ -58,19 +69,42 @@ def test_without_the_library(monkeypatch, capsys):
     assert "nothing to measure: it was left at home." in capsys.readouterr().err
 
 
+def shrunk(name):
+    case = bench_cases.CASES[name]
+    return case._replace(B=2, S=min(case.S, 3), C1=2, C2=8)
+
+
+def results_of(case, names):
+    inputs, steps = bench_cases.make_inputs(case, 0), bench_cases.steps(case)
+    return [
+        jax.tree.leaves(jax.tree.map(np.asarray, steps[n](bench_cases.make_caches(case), inputs)))
+        for n in names
+    ]
+
+
+@pytest.mark.parametrize("name", bench_cases.CASES)
+def test_ffi_and_xla_do_the_same_work(name):
+    ffi, xla = results_of(shrunk(name), ("ffi", "xla"))
+    jax.tree.map(np.testing.assert_array_equal, ffi, xla)
+
+
 @pytest.mark.parametrize("name", ["documented", "llama3-8b-b1", "llama3-8b-prefill-1024"])
-def test_contestants_do_the_same_work(name):
-    """ffi and xla agree to the bit, the obvious code to within a rounding."""
-    case = bench_cases.CASES[name]._replace(B=2, S=min(bench_cases.CASES[name].S, 3), C1=2, C2=8)
-    inputs = bench_cases.make_inputs(case, 0)
-    steps = bench_cases.steps(case)
-    results = {
-        name: jax.tree.map(np.asarray, steps[name](bench_cases.make_caches(case), inputs))
-        for name in ("ffi", "xla", "obvious")
-    }
-    for ffi, xla, obvious in zip(*map(jax.tree.leaves, results.values()), strict=True):
-        np.testing.assert_array_equal(ffi, xla)
+def test_the_obvious_code_does_the_same_work(name):
+    """To within a rounding."""
+    for ffi, obvious in zip(*results_of(shrunk(name), ("ffi", "obvious")), strict=True):
         step = 1 if ffi.dtype == np.int8 else 0.05
         np.testing.assert_allclose(
             obvious.astype(np.float32), ffi.astype(np.float32), atol=step, rtol=0.02
         )
+
+
+def test_memcpy_copies():
+    for name in (bench_cases.EMPTY, bench_cases.MEMCPY):
+        _ffi.register(name, name, "cpu")
+    size = 200_000  # more than one part, and not a whole number of them
+    source = np.arange(size, dtype=np.uint8)
+    state = bench_cases.make_caches(SMALL), jax.numpy.zeros(size, np.uint8)
+    step = bench_cases.memcpy_step(SMALL, 2)
+    _, (caches, destination) = step(state, (bench_cases.make_inputs(SMALL, 0), source))
+    np.testing.assert_array_equal(destination, source)
+    jax.tree.map(np.testing.assert_array_equal, caches, bench_cases.make_caches(SMALL))

@@ -1,8 +1,8 @@
 """`python -m jax_kvcache bench`: the operator's time beside what bounds it from below and above."""
 
 import argparse
-import functools
 import json
+import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -27,12 +27,14 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "bench",
         help="time of the operator on this CPU, beside an empty call and memcpy",
-        description="Medians of interleaved repeats, in microseconds per call. ffi: the native "
+        description="Medians of interleaved repeats, in microseconds per call, and of the ratios "
+        "within each repeat. ffi: the native "
         "kernel. xla: the jax.numpy reference. obvious: jax.numpy code that writes rows of the "
         "reshaped cache, which copies it. empty: a custom call with the same operands and results "
-        "that does nothing, the cost of any call. memcpy: copies N bytes, N being what the "
-        "operator reads and writes together; half_memcpy: copies N/2, so that it reads and writes "
-        "N together. ffi_16x: the kernel with a cache 16 times larger. net: less the empty call.",
+        "that does nothing, the cost of any call. memcpy: the same call, copying N bytes on as "
+        "many threads as the kernel uses, N being what the operator reads and writes together; "
+        "half_memcpy: copies N/2, so that it reads and writes N together. ffi_16x: the kernel with "
+        "a cache 16 times larger. net: less the empty call.",
     )
     parser.add_argument(
         "--shape",
@@ -57,6 +59,7 @@ class Contestant:
         """Compiles and warms up, and finds how many calls fill `ROUND_SECONDS`."""
         self.step, self.state, self.inputs, self.turn = step, state, inputs, 0
         self.seconds: list[float] = []
+        self.faults: list[float] = []
         self.calls = 1
         for _ in range(2 + len(inputs)):
             self._call()
@@ -71,37 +74,47 @@ class Contestant:
         jax.block_until_ready((outputs, self.state))
 
     def round(self):
-        """Times a few calls."""
+        """Times a few calls, after one that finds the caches as it leaves them."""
+        self._call()
+        faults = _page_faults()
         start = time.perf_counter()
         for _ in range(self.calls):
             self._call()
         self.seconds.append((time.perf_counter() - start) / self.calls)
+        self.faults.append((_page_faults() - faults) / self.calls)
 
     def median(self) -> float:
         """Microseconds per call."""
         return 1e6 * statistics.median(self.seconds)
 
+    def page_faults(self) -> float:
+        """Pages per call that the system had to find: results in memory fresh from malloc."""
+        return statistics.median(self.faults)
 
-def _copies(nbytes: int, count: int, seed: int) -> list[jax.Array]:
-    return [jnp.full(nbytes, seed + i, jnp.uint8) for i in range(count)]
+
+def _page_faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def _contestants(case: cases.Case, rotate: bool) -> dict[str, Contestant]:
-    nbytes = case.bytes_moved
-    sets = 1 + (ROTATED_BYTES // nbytes if rotate else 0)
+    sets = 1 + (ROTATED_BYTES // case.bytes_moved if rotate else 0)
     inputs = [cases.make_inputs(case, seed) for seed in range(min(sets, 64))]
     steps = cases.steps(case)
-    found = {
-        name: Contestant(step, cases.make_caches(case), inputs) for name, step in steps.items()
-    }
     field = "C1" if case.cache_mode == "page" else "C2"
     larger = case._replace(**{field: CACHE_FACTOR * getattr(case, field)})
-    found["ffi_16x"] = Contestant(steps["ffi"], cases.make_caches(larger), inputs)
-    for name, size in (("memcpy", nbytes), ("half_memcpy", nbytes // 2), ("memcpy_empty", 64)):
-        step = jax.jit(
-            functools.partial(cases.memcpy, threads=_ffi.worth_threads(nbytes)), donate_argnums=0
-        )
-        found[name] = Contestant(step, jnp.zeros(size, jnp.uint8), _copies(size, len(inputs), 1))
+    found = {
+        "ffi": Contestant(steps["ffi"], cases.make_caches(case), inputs),
+        "ffi_16x": Contestant(steps["ffi"], cases.make_caches(larger), inputs),
+    }
+    if case.form == "call":
+        found["empty"] = Contestant(steps["empty"], cases.make_caches(case), inputs)
+        step = cases.memcpy_step(case, _ffi.worth_threads(case.bytes_moved))
+        for name, size in (("memcpy", case.bytes_moved), ("half_memcpy", case.bytes_moved // 2)):
+            state = cases.make_caches(case), jnp.zeros(size, jnp.uint8)
+            copied = [(values, jnp.full(size, i, jnp.uint8)) for i, values in enumerate(inputs)]
+            found[name] = Contestant(step, state, copied)
+    for name in [n for n in steps if n not in found]:
+        found[name] = Contestant(steps[name], cases.make_caches(case), inputs)
     return found
 
 
@@ -115,29 +128,46 @@ def measure(case: cases.Case, rounds: int, rotate: bool = False, progress=None) 
       progress: called after every round.
 
     Returns:
-      Microseconds per contestant, bytes, GB/s and the ratios.
+      Microseconds per contestant, bytes, GB/s, page faults per call of the kernel, and the ratios.
     """
     found = _contestants(case, rotate)
+    order = list(found.values())
     for _ in range(rounds):
-        for contestant in found.values():
+        for contestant in order:
             contestant.round()
+        order.reverse()  # nobody always comes after the one that copies hundreds of megabytes
         if progress:
             progress()
+    times = [{name: c.seconds[i] for name, c in found.items()} for i in range(rounds)]
+
+    def ratio(of: Callable[[dict[str, float]], float]) -> float:
+        """The median over rounds: what is compared ran within the same fraction of a second."""
+        return statistics.median(map(of, times))
+
+    ratios = {
+        "ffi/xla": ratio(lambda t: t["ffi"] / t["xla"]),
+        "ffi_16x/ffi": ratio(lambda t: t["ffi_16x"] / t["ffi"]),
+    }
+    if case.form == "call":
+
+        def net(name):
+            return ratio(lambda t: (t["ffi"] - t["empty"]) / (t[name] - t["empty"]))
+
+        ratios = {
+            "net/memcpy": net("memcpy"),
+            "net/half_memcpy": net("half_memcpy"),
+            "ffi/empty": ratio(lambda t: t["ffi"] / t["empty"]),
+            **ratios,
+            "obvious/ffi": ratio(lambda t: t["obvious"] / t["ffi"]),
+        }
     us = {name: contestant.median() for name, contestant in found.items()}
-    net = us["ffi"] - us["empty"]
     return {
         "microseconds": us,
         "bytes": case.bytes_moved,
-        "threads": _ffi.worth_threads(case.bytes_moved),
+        "threads": _ffi.worth_threads(case.bytes_moved // case.calls),
         "gigabytes_per_second": case.bytes_moved / us["ffi"] / 1e3,
-        "ratios": {
-            "net/memcpy": net / (us["memcpy"] - us["memcpy_empty"]),
-            "net/half_memcpy": net / (us["half_memcpy"] - us["memcpy_empty"]),
-            "ffi/empty": us["ffi"] / us["empty"],
-            "ffi/xla": us["ffi"] / us["xla"],
-            "obvious/ffi": us["obvious"] / us["ffi"],
-            "ffi_16x/ffi": us["ffi_16x"] / us["ffi"],
-        },
+        "page_faults": found["ffi"].page_faults(),
+        "ratios": ratios,
     }
 
 
@@ -176,7 +206,7 @@ def _table(report: dict) -> str:
     for name, result in report["shapes"].items():
         lines.append(
             f"\n{name}: {result['bytes'] / 1e6:.2f} MB on {result['threads']} threads, "
-            f"{result['gigabytes_per_second']:.1f} GB/s"
+            f"{result['gigabytes_per_second']:.1f} GB/s, {result['page_faults']:.0f} page faults"
         )
         lines.append("  " + "  ".join(f"{k} {v:.1f}" for k, v in result["microseconds"].items()))
         lines.append("  " + "  ".join(f"{k} {v:.2f}" for k, v in result["ratios"].items()))
@@ -189,7 +219,7 @@ def _plot(pyplot, results: dict[str, dict]) -> None:
     width = 0.8 / len(PLOTTED)
     _, axes = pyplot.subplots(figsize=(1.5 * len(shapes) + 4, 5), layout="constrained")
     for i, name in enumerate(PLOTTED):
-        times = [results[shape]["microseconds"][name] for shape in shapes]
+        times = [results[shape]["microseconds"].get(name, 0) for shape in shapes]
         axes.bar([j + i * width for j in range(len(shapes))], times, width, label=name)
     axes.set_yscale("log")
     axes.set_ylabel("microseconds per call")

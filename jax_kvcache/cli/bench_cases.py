@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_kvcache import _ffi, dequant_rope_quant_kvcache
+from jax_kvcache import KVCache, _ffi, dequant_rope_quant_kvcache
 from jax_kvcache._checks import Call
 from jax_kvcache._op import canonical_operands
 from jax_kvcache._primitive import native_operands
@@ -28,6 +28,8 @@ class Case(NamedTuple):
     cache_mode: str
     C1: int
     C2: int
+    form: str = "call"  # or "vmap" over that many calls, or "layers": a scan over a layered KVCache
+    calls: int = 1
 
     @property
     def H(self) -> int:
@@ -36,11 +38,12 @@ class Case(NamedTuple):
 
     @property
     def bytes_moved(self) -> int:
-        """Bytes that one call must read and write."""
+        """Bytes that one step must read and write."""
         tokens, kv = self.B * self.S, self.Nkv * self.D
+        outputs = self.Nq * self.D if self.form == "layers" else self.H
         read = tokens * (4 * self.H + 2 * 2 * self.D + 4 + 4) + 4 * (2 * self.H + 4 * kv)
-        written = tokens * (2 * self.H + 2 * kv)
-        return read + written
+        written = tokens * (2 * outputs + 2 * kv)
+        return self.calls * (read + written)
 
 
 CASES = {
@@ -54,11 +57,20 @@ CASES = {
     "llama3-70b-tp8-b64": Case(64, 1, 8, 1, 128, "page", 4096, 16),
     "llama3-8b-prefill-1024": Case(1, 1024, 32, 8, 128, "page", 128, 16),
     "llama3-8b-prefill-8192": Case(1, 8192, 32, 8, 128, "page", 1024, 16),
+    "llama3-8b-b32-vmap4": Case(32, 1, 32, 8, 128, "page", 1024, 16, "vmap", 4),
+    "llama3-8b-b32-layers8": Case(32, 1, 32, 8, 128, "contiguous", 32, 512, "layers", 8),
 }
+
+
+PER_TOKEN = ("x", "cos", "sin", "indices", "activation_scale")  # what vmap maps
 
 
 def make_inputs(case: Case, seed: int) -> dict[str, jax.Array]:
     """Everything but the caches."""
+    if case.form == "vmap":
+        one = case._replace(form="call", calls=1)
+        calls = [make_inputs(one, seed * case.calls + i) for i in range(case.calls)]
+        return calls[0] | {name: jnp.stack([c[name] for c in calls]) for name in PER_TOKEN}
     rng = np.random.default_rng(seed)
     tokens, heads = (case.B, case.S), (case.Nkv, case.D)
 
@@ -89,7 +101,8 @@ def make_inputs(case: Case, seed: int) -> dict[str, jax.Array]:
 
 def make_caches(case: Case) -> tuple[jax.Array, jax.Array]:
     """k_cache and v_cache."""
-    shape = (case.C1, case.C2, case.Nkv, case.D)
+    calls = () if case.form == "call" else (case.calls,)
+    shape = (*calls, case.C1, case.C2, case.Nkv, case.D)
     return jnp.zeros(shape, jnp.int8), jnp.ones(shape, jnp.int8)
 
 
@@ -141,39 +154,96 @@ def operator(caches, inputs, *, cache_mode, implementation):
     return outputs, (k_cache, v_cache)
 
 
-def empty(caches, inputs, *, cache_mode):
-    """A custom call that does nothing, with the operator's operands, results and aliasing."""
+def vmapped(caches, inputs, **options):
+    """Several calls, each on caches of its own, as one."""
+    in_axes = {name: 0 if name in PER_TOKEN else None for name in inputs}
+
+    def one(caches, inputs):
+        return operator(caches, inputs, **options)
+
+    return jax.vmap(one, in_axes=(0, in_axes))(caches, inputs)
+
+
+def layered(caches, inputs, *, cache_mode, implementation):
+    """A scan over the layers of one KVCache, with the same inputs for each."""
+    del cache_mode  # "contiguous"
+    layers = caches[0].shape[0]
+    names = ("scale_k", "scale_v", "offset_k", "offset_v")
+    parameters = {name: jnp.stack([inputs[name]] * layers) for name in names}
+    cache = KVCache(k_cache=caches[0], v_cache=caches[1], **parameters, layers=layers)
+    arguments = {name: value for name, value in inputs.items() if name not in names}
+    positions = arguments.pop("indices")
+
+    def body(carry, layer):
+        cache, _ = carry
+        q, cache = cache.update(
+            **arguments, positions=positions, layer=layer, implementation=implementation
+        )
+        return (cache, q), None
+
+    (B, S, H), (*_, Nkv, D) = inputs["x"].shape, caches[0].shape
+    q = jnp.zeros((B, S, H // D - 2 * Nkv, D), inputs["cos"].dtype)
+    (cache, q), _ = jax.lax.scan(body, (cache, q), jnp.arange(layers))
+    return q, (cache.k_cache, cache.v_cache)
+
+
+def bare_call(target, caches, inputs, *, cache_mode, copied=(), **attributes):
+    """A custom call with the operator's operands, results and aliasing that does something else.
+
+    `copied`: nothing, or a source and a destination that become the first operands; the result is
+    then the destination as well.
+    """
     call = Call(
         **inputs, k_cache=caches[0], v_cache=caches[1], kv_output=True, cache_mode=cache_mode
     )
-    operands, _ = canonical_operands(call)
-    B, S, _ = call.x.shape
+    operands = native_operands(canonical_operands(call)[0])
+    B, S, H = call.x.shape
     *_, Nkv, D = caches[0].shape
-    heads = (call.x.shape[-1] // D - 2 * Nkv, Nkv, Nkv)
+    heads = (H // D - 2 * Nkv, Nkv, Nkv)
     flat = [jax.ShapeDtypeStruct((B * S * n * D,), call.cos.dtype) for n in heads]
-    results = [*flat, *(jax.ShapeDtypeStruct(c.shape, c.dtype) for c in caches)]
-    target = jax.ffi.ffi_call(EMPTY, results, input_output_aliases={3: 3, 4: 4})
-    *outputs, k_cache, v_cache = target(*native_operands(operands), kv_output=True)
-    outputs = [a.reshape(B, S, n, D) for a, n in zip(outputs, heads, strict=True)]
-    return outputs, (k_cache, v_cache)
+    results = [*flat, *caches]
+    aliases = {3: 3, 4: 4}
+    if copied:
+        results = [copied[1], *results]
+        aliases = {1: 0, 5: 4, 6: 5}
+    results = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in results]
+    function = jax.ffi.ffi_call(target, results, input_output_aliases=aliases)
+    *copies, q, k, v, k_cache, v_cache = function(*copied, *operands, **attributes)
+    outputs = [a.reshape(B, S, n, D) for a, n in zip((q, k, v), heads, strict=True)]
+    return outputs, (k_cache, v_cache), *copies
 
 
-def memcpy(target, source, *, threads):
-    """Copies `source` over `target`, which is donated, on XLA's threads."""
-    result = jax.ShapeDtypeStruct(target.shape, target.dtype)
-    call = jax.ffi.ffi_call(MEMCPY, result, input_output_aliases={1: 0})
-    return (), call(source, target, threads=threads)
+def empty(caches, inputs, *, cache_mode):
+    """A call that does nothing."""
+    return bare_call(EMPTY, caches, inputs, cache_mode=cache_mode, kv_output=True)
+
+
+def memcpy(state, inputs, *, cache_mode, threads):
+    """A call that copies an array over another, which is donated, on XLA's threads."""
+    caches, destination = state
+    inputs, source = inputs
+    outputs, caches, destination = bare_call(
+        MEMCPY, caches, inputs, cache_mode=cache_mode, copied=(source, destination), threads=threads
+    )
+    return outputs, (caches, destination)
+
+
+def _jit(function: Callable, case: Case, **options) -> Callable:
+    return jax.jit(
+        functools.partial(function, cache_mode=case.cache_mode, **options), donate_argnums=0
+    )
 
 
 def steps(case: Case) -> dict[str, Callable]:
     """The contestants that take (caches, inputs), jitted with the caches donated."""
-    contestants: dict[str, Callable] = {
-        "ffi": functools.partial(operator, implementation="ffi"),
-        "xla": functools.partial(operator, implementation="xla"),
-        "obvious": obvious,
-        "empty": empty,
-    }
+    ours = {"call": operator, "vmap": vmapped, "layers": layered}[case.form]
+    others = {"obvious": obvious, "empty": empty} if case.form == "call" else {}
     return {
-        name: jax.jit(functools.partial(f, cache_mode=case.cache_mode), donate_argnums=0)
-        for name, f in contestants.items()
+        **{name: _jit(ours, case, implementation=name) for name in ("ffi", "xla")},
+        **{name: _jit(function, case) for name, function in others.items()},
     }
+
+
+def memcpy_step(case: Case, threads: int) -> Callable:
+    """The contestant that takes ((caches, destination), (inputs, source))."""
+    return _jit(memcpy, case, threads=threads)
