@@ -188,7 +188,7 @@ def _native_call(*operands, platform, kv_output, **_):
         *map(jax.typeof, operands), kv_output=kv_output, indices_mode="", implementation=None
     )
     flat = [
-        core.ShapedArray((math.prod(a.shape),), a.dtype, manual_axis_type=a.manual_axis_type)
+        a.update(shape=(math.prod(a.shape),), sharding=a.sharding.update(spec=PartitionSpec(None)))
         for a in projections
     ]
     ops = native_operands(Operands(*operands))
