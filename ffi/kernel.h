@@ -39,6 +39,9 @@ struct Part {
   int64_t head_end;
 };
 
+// The kernel does that many tokens at a time, and single ones slower.
+inline constexpr int kTokensTogether = 4;
+
 // Does one part, on the calling thread, tokens in order. Parts of one call may run at the same time
 // as long as no two of them write the same bytes. Exact in any rounding-to-nearest environment;
 // float32 subnormals follow the thread's flush mode.

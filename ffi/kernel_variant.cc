@@ -45,16 +45,13 @@ class Walk {
       const int64_t group_end = (group + 1) * shape_.tokens;
       const int64_t end = shared || part_.token_end < group_end ? part_.token_end : group_end;
       FindParameters(group);
-      for (; token + kTokens <= end; token += kTokens) Tokens<kTokens>(token);
+      for (; token + kTokensTogether <= end; token += kTokensTogether)
+        Tokens<kTokensTogether>(token);
       for (; token < end; ++token) Tokens<1>(token);
     }
   }
 
  private:
-  // Tokens that share their parameters go through a head together, so that these are read once for
-  // all; measured at 1, 2 and 4. They read and write that many rows at a time, which also hides
-  // more of the memory's latency.
-  static constexpr int kTokens = 4;
   // So many vectors of each half of a head at a time; their angles are read once for all heads.
   static constexpr int kBlocks = 64 / kLanes;
 
@@ -104,7 +101,8 @@ class Walk {
     return t;
   }
 
-  // M tokens from `first` on.
+  // M tokens from `first` on, which go through each head together: what they share is read once for
+  // all, and the memory is asked for several rows at a time (measured: 1, 2 and 4).
   template <int M>
   JAX_KVCACHE_INLINE void Tokens(int64_t first) const {
     Token tokens[M];
