@@ -56,7 +56,9 @@ using Shorts = typename VectorOf<uint16_t, N>::type;
 template <int N>
 using Bytes = typename VectorOf<int8_t, N>::type;
 
+#ifndef JAX_KVCACHE_INLINE
 #define JAX_KVCACHE_INLINE inline __attribute__((always_inline))
+#endif
 
 template <typename To, typename From>
 JAX_KVCACHE_INLINE To BitCast(const From& from) {

@@ -158,3 +158,20 @@ def test_paired_difference():
         numerics.paired_difference(np.array([4.0, 1]), np.array([4.0]))
     with pytest.raises(TypeError, match=r"`values` must be 1-D, got 2-D \[1, 2\]"):
         numerics.paired_difference(np.ones((1, 2)), np.ones((1, 2)))
+
+
+def test_nothing_broadcasts():
+    """Every measure compares arrays of one shape."""
+    ones = np.ones((5, 2, 4), np.float32)
+    for measure in (numerics.sqnr, numerics.token_agreement, numerics.divergence):
+        with pytest.raises(ValueError, match=r"must have the shape of `.*`, \[.*\], got \["):
+            measure(ones, ones[:1])
+    q, other = np.ones((5, 6, 4), np.float32), np.ones((5, 1, 4), np.float32)
+    for name in ("v", "k_approximation", "v_approximation"):
+        arguments = {key: ones for key in ("k", "v", "k_approximation", "v_approximation")}
+        with pytest.raises(ValueError, match="must have the shape of"):
+            numerics.attention_error(q, **arguments | {name: other})
+    with pytest.raises(
+        ValueError, match=r"`q` must have shape \[T, Nq, D\] = \[5, a multiple of 2"
+    ):
+        numerics.attention_error(q[:, :5], ones, ones, ones, ones)

@@ -17,8 +17,22 @@ def decibels(signal, noise):
     return 10 * jnp.log10(signal / noise)
 
 
+def _check_alike(name, value, of_name, of):
+    """Raises ValueError unless two arrays have one shape: broadcasting would compare others."""
+    if value.shape != of.shape:
+        raise ValueError(
+            f"`{name}` must have the shape of `{of_name}`, {list(of.shape)}, "
+            f"got {list(value.shape)}."
+        )
+
+
 def sqnr(values, approximation, axis=None):
-    """Signal-to-quantisation-noise ratio in decibels, over `axis` (all by default)."""
+    """Signal-to-quantisation-noise ratio in decibels, over `axis` (all by default).
+
+    Raises:
+      ValueError: the two arrays differ in shape.
+    """
+    _check_alike("approximation", approximation, "values", values)
     values = values.astype(jnp.float32)
     noise = values - approximation
     return decibels(jnp.sum(values * values, axis), jnp.sum(noise * noise, axis))
@@ -158,7 +172,19 @@ def attention_error(q, k, v, k_approximation, v_approximation) -> AttentionError
       q: [T, Nq, D], Nq a multiple of Nkv; query head j reads kv head j // (Nq / Nkv).
       k, v: [T, Nkv, D], the float cache.
       k_approximation, v_approximation: [T, Nkv, D], as read from a quantised cache.
+
+    Raises:
+      ValueError: a shape is not as above.
     """
+    T, num_kv_heads, D = k.shape
+    if q.ndim != 3 or (q.shape[0], q.shape[2]) != (T, D) or q.shape[1] % num_kv_heads:
+        raise ValueError(
+            f"`q` must have shape [T, Nq, D] = [{T}, a multiple of {num_kv_heads}, {D}], "
+            f"got {list(q.shape)}."
+        )
+    _check_alike("v", v, "k", k)
+    _check_alike("k_approximation", k_approximation, "k", k)
+    _check_alike("v_approximation", v_approximation, "v", v)
     weights, output = _causal_attention(q, k, v)
     approximate_weights, approximate_output = _causal_attention(q, k_approximation, v_approximation)
     distance = jnp.sum(jnp.abs(weights - approximate_weights), -1) / 2  # [Nkv, group, T]
@@ -168,7 +194,12 @@ def attention_error(q, k, v, k_approximation, v_approximation) -> AttentionError
 
 
 def token_agreement(logits, baseline):
-    """Share of positions where both logits [..., vocabulary] have the same largest entry."""
+    """Share of positions where both logits [..., vocabulary] have the same largest entry.
+
+    Raises:
+      ValueError: the two arrays differ in shape.
+    """
+    _check_alike("logits", logits, "baseline", baseline)
     return jnp.mean(jnp.argmax(logits, -1) == jnp.argmax(baseline, -1))
 
 
@@ -184,7 +215,11 @@ def divergence(logits, baseline):
 
     Returns:
       [...] float32.
+
+    Raises:
+      ValueError: the two arrays differ in shape.
     """
+    _check_alike("logits", logits, "baseline", baseline)
     log_p, log_q = jax.nn.log_softmax(baseline), jax.nn.log_softmax(logits)
     return jnp.sum(jnp.exp(log_p) * (log_p - log_q), -1)
 
