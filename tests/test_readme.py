@@ -13,4 +13,5 @@ def test_python_blocks(capsys):
     printed = capsys.readouterr().out
     assert "(4, 1, 8, 128) bfloat16 (4, 256, 2, 128)" in printed
     assert "(4, 1, 8, 128) 526,336 bytes" in printed
+    assert "(2, 4, 1, 8, 128)" in printed
     assert "cpu: " in printed
