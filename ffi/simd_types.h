@@ -34,13 +34,6 @@ constexpr int kLanes = 8;
 constexpr int kLanes = 4;
 #endif
 
-// How many registers of that width there are.
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kRegisters = 32;
-#else
-constexpr int kRegisters = 16;
-#endif
-
 template <typename T, int N>
 struct VectorOf {
   typedef T type __attribute__((vector_size(sizeof(T) * N)));
