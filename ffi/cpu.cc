@@ -1,4 +1,7 @@
 // Owns the CPU handler: checks the call, cuts it into parts, runs them on XLA's threads.
+#include <sys/mman.h>
+
+#include <cstdint>
 #include <utility>
 
 #include "kernel.h"
@@ -11,6 +14,24 @@ namespace {
 
 namespace ffi = xla::ffi;
 
+// glibc maps what is at least this large anew every time: pages that do not exist before they are
+// written to.
+constexpr int64_t kAlwaysFresh = 32 << 20;
+
+// Finding a large result's pages 4 KB at a time takes longer than filling them. Where the system
+// gives huge pages to those who ask, there are 512 times fewer to find; elsewhere this does
+// nothing.
+void AskForHugePages(const Tensor& result) {
+  constexpr uintptr_t kHugePage = 2 << 20;
+  const int64_t bytes = result.dims[0] * (result.dtype == DType::kF32 ? 4 : 2);
+  if (bytes < kAlwaysFresh) return;
+  const auto begin = reinterpret_cast<uintptr_t>(result.data);
+  const uintptr_t first = (begin + kHugePage - 1) & ~(kHugePage - 1);
+  const uintptr_t last = (begin + static_cast<uintptr_t>(bytes)) & ~(kHugePage - 1);
+  auto* const pages = static_cast<char*>(result.data) + (first - begin);
+  static_cast<void>(madvise(pages, last - first, MADV_HUGEPAGE));  // a wish
+}
+
 ffi::Error DequantRopeQuantKvcacheCpu(ffi::ThreadPool pool, ffi::RemainingArgs args,
                                       ffi::RemainingRets rets, bool kv_output) {
   Call call;
@@ -18,6 +39,7 @@ ffi::Error DequantRopeQuantKvcacheCpu(ffi::ThreadPool pool, ffi::RemainingArgs a
   ffi::Error error = ReadCall(args, rets, kv_output, &call, &shape);
   if (error.failure()) return error;
   const Buffers buffers = ToBuffers(call, shape);
+  for (const Ret ret : {kQOut, kKOut, kVOut}) AskForHugePages(call.rets[ret]);
   const Kernel kernel = SelectKernel(ActiveSimd(), shape);
   const Plan plan = MakePlan(shape, buffers.slots, pool.num_threads());
   RunParts(
