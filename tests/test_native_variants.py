@@ -80,6 +80,19 @@ def test_split_over_threads():
     check_large()
 
 
+def test_results_in_huge_pages():
+    """A q of 34 MB, for which the handler asks for huge pages, and a k and v below that."""
+    form = random_calls.Form(
+        1, 4096, 32, 1, 128, 1, 4096, np.float16, np.float16, "page", True, True, False, None
+    )  # fmt: skip
+    inputs = random_calls.draw_inputs(np.random.default_rng(3), form)
+    reference = functools.partial(dequant_rope_quant_kvcache, **form.options, implementation="xla")
+    for got, want in zip(
+        operator(**form.options)(**inputs), jax.jit(reference)(**inputs), strict=True
+    ):
+        oracle.assert_same_bits(np.asarray(got), np.asarray(want), "huge pages")
+
+
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no CPU affinity here")
 def test_on_one_cpu():
     code = (
