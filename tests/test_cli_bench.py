@@ -50,6 +50,12 @@ def test_json(small, capsys):
     assert report["shapes"]["layers"]["bytes"] == 2 * (small - 3 * 2 * 2 * 64)
 
 
+def test_bytes_per_native_call():
+    for form, divisor in (("call", 1), ("vmap", 1), ("layers", 4)):
+        case = SMALL._replace(form=form, calls=1 if form == "call" else 4)
+        assert case.bytes_per_native_call * divisor == case.bytes_moved
+
+
 def test_text_and_plot(small, capsys, tmp_path):
     assert run("--shape", "small", "--plot", str(tmp_path / "bench.png")) == 0
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")

@@ -28,6 +28,14 @@ def compile_step(function, **call):
     return jax.jit(function, donate_argnames=("k_cache", "v_cache")).lower(**call).compile()
 
 
+def vmapped(function, call, levels):
+    """The function and its arguments' shapes under so many levels of vmap."""
+    for size in (2, 3)[:levels]:
+        function = jax.vmap(function)
+        call = {k: jax.ShapeDtypeStruct((size, *v.shape), v.dtype) for k, v in call.items()}
+    return function, call
+
+
 def elements(call):
     return math.prod(call["k_cache"].shape)
 
@@ -103,9 +111,7 @@ def test_vmap(cache_mode, levels, implementation):
         dequant_rope_quant_kvcache, cache_mode=cache_mode, implementation=implementation
     )
     call = calls.arguments(**SMALL, cache_mode=cache_mode)
-    for size in (2, 3)[:levels]:
-        function = jax.vmap(function)
-        call = {k: jax.ShapeDtypeStruct((size, *v.shape), v.dtype) for k, v in call.items()}
+    function, call = vmapped(function, call, levels)
     compiled = compile_step(function, **call)
     hlo.assert_in_place(compiled, elements(call))
     assert compiled.memory_analysis().temp_size_in_bytes < elements(call) // 10
@@ -121,9 +127,7 @@ def test_native_call_copies_nothing(cache_mode, tokens, levels):
         dequant_rope_quant_kvcache, cache_mode=cache_mode, kv_output=True, implementation="ffi"
     )
     call = calls.arguments(**SMALL | {"B": B, "S": S, "C1": B}, cache_mode=cache_mode)
-    for size in (2, 3)[:levels]:
-        function = jax.vmap(function)
-        call = {k: jax.ShapeDtypeStruct((size, *v.shape), v.dtype) for k, v in call.items()}
+    function, call = vmapped(function, call, levels)
     text = compile_step(function, **call).as_text()
     assert re.findall(r" (?:copy|transpose)\(.*", text) == []
     assert text.count(" fusion(") == (cache_mode == "contiguous" and S > 1)

@@ -108,7 +108,7 @@ def _contestants(case: cases.Case, rotate: bool) -> dict[str, Contestant]:
     }
     if case.form == "call":
         found["empty"] = Contestant(steps["empty"], cases.make_caches(case), inputs)
-        step = cases.memcpy_step(case, _ffi.worth_threads(case.bytes_moved))
+        step = cases.memcpy_step(case, _ffi.worth_threads(case.bytes_per_native_call))
         for name, size in (("memcpy", case.bytes_moved), ("half_memcpy", case.bytes_moved // 2)):
             state = cases.make_caches(case), jnp.zeros(size, jnp.uint8)
             copied = [(values, jnp.full(size, i, jnp.uint8)) for i, values in enumerate(inputs)]
@@ -164,7 +164,7 @@ def measure(case: cases.Case, rounds: int, rotate: bool = False, progress=None) 
     return {
         "microseconds": us,
         "bytes": case.bytes_moved,
-        "threads": _ffi.worth_threads(case.bytes_moved // case.calls),
+        "threads": _ffi.worth_threads(case.bytes_per_native_call),
         "gigabytes_per_second": case.bytes_moved / us["ffi"] / 1e3,
         "page_faults": found["ffi"].page_faults(),
         "ratios": ratios,

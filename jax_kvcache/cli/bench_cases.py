@@ -45,6 +45,11 @@ class Case(NamedTuple):
         written = tokens * (2 * outputs + 2 * kv)
         return self.calls * (read + written)
 
+    @property
+    def bytes_per_native_call(self) -> int:
+        """vmap makes one native call of its calls; a scan makes one per layer."""
+        return self.bytes_moved // (self.calls if self.form == "layers" else 1)
+
 
 CASES = {
     "documented": Case(320, 1, 8, 1, 128, "contiguous", 320, 1280),
