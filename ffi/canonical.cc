@@ -17,6 +17,20 @@ constexpr NumberedName kDTypeNames[] = {
 
 }  // namespace
 
+int64_t ItemSize(DType dtype) {
+  switch (dtype) {
+    case DType::kS8:
+      return 1;
+    case DType::kF16:
+    case DType::kBF16:
+      return 2;
+    case DType::kS32:
+    case DType::kF32:
+      break;
+  }
+  return 4;
+}
+
 int64_t Shape::ParameterBlock(Arg arg, int64_t group) const {
   const uint32_t mask = group_mask[arg];
   int64_t block = 0;

@@ -51,6 +51,9 @@ inline constexpr const char* kRetNames[kNumRets] = {"q", "k", "v", "k_cache resu
 // type that no operand may have.
 enum class DType : uint8_t { kS8 = 2, kS32 = 4, kF16 = 10, kF32 = 11, kBF16 = 16 };
 
+// Bytes of one element.
+int64_t ItemSize(DType dtype);
+
 // A dense row-major array that somebody else owns.
 struct Tensor {
   void* data = nullptr;

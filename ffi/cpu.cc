@@ -23,7 +23,7 @@ constexpr int64_t kAlwaysFresh = 32 << 20;
 // nothing.
 void AskForHugePages(const Tensor& result) {
   constexpr uintptr_t kHugePage = 2 << 20;
-  const int64_t bytes = result.dims[0] * (result.dtype == DType::kF32 ? 4 : 2);
+  const int64_t bytes = result.dims[0] * ItemSize(result.dtype);
   if (bytes < kAlwaysFresh) return;
   const auto begin = reinterpret_cast<uintptr_t>(result.data);
   const uintptr_t first = (begin + kHugePage - 1) & ~(kHugePage - 1);

@@ -139,8 +139,7 @@ class Walk {
       for (int64_t head = part_.head_begin; head < q_end; ++head) {
         for (int i = 0; i < B; ++i) {
           const int64_t at = head * d_ + column + i * N;
-          const Halves<Dequantizer<N, X, Bias>> dequantizers = {DequantizerAt<N>(at),
-                                                                DequantizerAt<N>(at + half_dim_)};
+          const auto dequantizers = DequantizersAt<N>(at);
           for (int m = 0; m < M; ++m) {
             const Token& t = tokens[m];
             StoreHalves<N>(angles[m][i].Rotate(Values<N>(t, at, dequantizers)), t.q + at);
@@ -151,8 +150,7 @@ class Walk {
         for (int i = 0; i < B; ++i) {
           const int64_t at = head * d_ + column + i * N;
           const int64_t k_at = at - shape_.num_q * d_;
-          const Halves<Dequantizer<N, X, Bias>> dequantizers = {DequantizerAt<N>(at),
-                                                                DequantizerAt<N>(at + half_dim_)};
+          const auto dequantizers = DequantizersAt<N>(at);
           const Quantizer<N> low_codes(scale_k_ + k_at, Advance(offset_k_, k_at));
           const Quantizer<N> high_codes(scale_k_ + k_at + half_dim_,
                                         Advance(offset_k_, k_at + half_dim_));
@@ -194,6 +192,11 @@ class Walk {
   template <int N>
   JAX_KVCACHE_INLINE Dequantizer<N, X, Bias> DequantizerAt(int64_t column) const {
     return {Advance(weight_scale_, column), Advance(bias_, column)};
+  }
+
+  template <int N>
+  JAX_KVCACHE_INLINE Halves<Dequantizer<N, X, Bias>> DequantizersAt(int64_t column) const {
+    return {DequantizerAt<N>(column), DequantizerAt<N>(column + half_dim_)};
   }
 
   using Compute = typename Angles<1, Table>::Compute;

@@ -16,14 +16,12 @@ constexpr int64_t kBytesPerThread = 512 << 10;
 // larger ones for the wait at the end.
 constexpr int64_t kBytesPerPart = 128 << 10;
 
-int64_t TableSize(const Shape& shape) { return shape.table == DType::kF32 ? 4 : 2; }
-
 // What one token reads and writes, parameters aside: they stay in the cache.
 int64_t BytesPerToken(const Shape& shape) {
-  const int64_t x_size = shape.x == DType::kS32 ? 4 : TableSize(shape);
+  const int64_t table_size = ItemSize(shape.table);
   const int64_t out_heads = shape.num_q + (shape.kv_output ? 2 * shape.num_kv : 0);
-  const int64_t columns = x_size * shape.hidden() / shape.head_dim + TableSize(shape) * out_heads +
-                          2 * TableSize(shape) + 2 * shape.num_kv;
+  const int64_t columns = ItemSize(shape.x) * shape.hidden() / shape.head_dim +
+                          table_size * (out_heads + 2) + 2 * shape.num_kv;
   return columns * shape.head_dim;
 }
 

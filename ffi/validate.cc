@@ -10,20 +10,6 @@
 namespace jax_kvcache {
 namespace {
 
-int64_t ItemSize(DType dtype) {
-  switch (dtype) {
-    case DType::kS8:
-      return 1;
-    case DType::kF16:
-    case DType::kBF16:
-      return 2;
-    case DType::kS32:
-    case DType::kF32:
-      break;
-  }
-  return 4;
-}
-
 // a * b, or nothing where int64_t cannot hold it. Both are >= 0.
 std::optional<int64_t> Product(int64_t a, int64_t b) {
   int64_t product = 0;
