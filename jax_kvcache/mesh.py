@@ -14,6 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jax_kvcache import backends
 from jax_kvcache._compat import is_export, num_automatic_devices
+from jax_kvcache.ops.indexing import take_one
 from jax_kvcache.ops.operands import Axes, table
 from jax_kvcache.version import __version__
 
@@ -69,24 +70,11 @@ def move(
 
 
 def own_part(value: jax.Array, axes: Axes, shards: int, dim: int) -> jax.Array:
-    """Inside one shard's body: this device's part of one dimension of a whole array.
-
-    It is a gather of one slice, not a `dynamic_slice`. XLA:CPU merges an instruction named
-    `dynamic_slice.N`, which JAX's would be, with the partitioner's `dynamic-slice.N` when both are
-    in one fusion, into a function that calls itself and never returns.
-    """
+    """Inside one shard's body: this device's part of one dimension of a whole array."""
     dim %= value.ndim
-    shape = value.shape
-    parts = value.reshape(*shape[:dim], shards, shape[dim] // shards, *shape[dim + 1 :])
-    return (
-        lax.index_in_dim(parts, 0, dim, keepdims=False)
-        if shards == 1
-        else _take(parts, lax.axis_index(axes), dim)
-    )
-
-
-def _take(parts: jax.Array, index: jax.Array, dim: int) -> jax.Array:
-    return parts.at[(slice(None),) * dim + (index,)].get(mode="promise_in_bounds")
+    size = value.shape[dim] // shards
+    parts = value.reshape(*value.shape[:dim], shards, size, *value.shape[dim + 1 :])
+    return take_one(parts, lax.axis_index(axes), dim)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,9 @@ import jax
 
 NAME = "libjax_kvcache.so"
 BENCH_NAME = "libjax_kvcache_bench.so"  # what the benchmark compares with, beside it
-_SYMBOLS = (  # what every build exports, beside the targets
+_SYMBOLS = (  # what ffi/exports.map exports in every build
+    "dequant_rope_quant_kvcache_cpu",
+    "dequant_rope_quant_kvcache_ascend",
     "jax_kvcache_cann",
     "jax_kvcache_ffi_api_version",
     "jax_kvcache_simd",

@@ -11,6 +11,7 @@ from jax_kvcache.caches.checks import check_caches, layer_index
 from jax_kvcache.ops.dequant_rope_quant_kvcache.api import run
 from jax_kvcache.ops.dequant_rope_quant_kvcache.checks import Call
 from jax_kvcache.ops.implementation import Implementation
+from jax_kvcache.ops.indexing import take_one
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -105,7 +106,8 @@ class CacheBase:
         at = layer_index(self.layers, layer)
 
         def of_layer(parameter: Any) -> Any:
-            return parameter if at is None or parameter is None else parameter[at.number]
+            absent = at is None or parameter is None
+            return parameter if absent else take_one(parameter, at.number)
 
         out = run(
             Call(
