@@ -133,6 +133,22 @@ def unravel_in_bounds(slots: jax.Array, row_dims: Sequence[Any]) -> list[jax.Arr
     return [slots, *reversed(index)]
 
 
+def axes_named(axis_name: Any) -> Axes:
+    """The mesh axes of an `axis_name` argument: None, one name, or several."""
+    if axis_name is None:
+        return ()
+    return (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+
+
+def shard_positions(positions: jax.Array, rows: Any, axes: Axes) -> jax.Array:
+    """Inside a shard's body: positions counted from the first of this device's `rows` rows.
+
+    A position past this device's rows stays past them, and one before them becomes negative.
+    """
+    # A position below -1 could wrap around, and means the same as -1.
+    return jnp.maximum(positions, -1) - lax.axis_index(axes) * _int32(rows)
+
+
 def shard_slots(
     slots: jax.Array, row_dims: Sequence[Any], axes: Sequence[Axes], shards: Sequence[int]
 ) -> jax.Array:
