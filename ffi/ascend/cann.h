@@ -1,7 +1,8 @@
-// The nine functions of CANN's C interface that the Ascend handler calls, declared anew so that no
-// CANN is needed to build.  cann_check.cc compares them with CANN's own headers.
-#ifndef JAX_KVCACHE_FFI_CANN_H_
-#define JAX_KVCACHE_FFI_CANN_H_
+// Owns the declarations of the nine functions of CANN's C interface that the Ascend handler calls.
+// They are repeated here so that the library builds without CANN; cann_check.cc compares them with
+// CANN's own headers.
+#ifndef JAX_KVCACHE_FFI_ASCEND_CANN_H_
+#define JAX_KVCACHE_FFI_ASCEND_CANN_H_
 
 #include <cstdint>
 
@@ -16,7 +17,7 @@ using Stream = void*;    // aclrtStream
 
 constexpr Status kSuccess = 0;
 
-// aclDataType and aclFormat are C enums, which are passed as int.
+// Values of aclDataType and aclFormat, which are C enums and so are passed as int.
 enum DataType : int { kFloat = 0, kFloat16 = 1, kInt8 = 2, kInt32 = 3, kBf16 = 27 };
 enum Format : int { kFormatNd = 2 };
 
@@ -44,9 +45,9 @@ using GetWorkspaceSizeFn = Status(const aclTensor* x, const aclTensor* cos, cons
 using LaunchFn = Status(void* workspace, uint64_t workspace_size, aclOpExecutor* executor,
                         Stream stream);
 
-// acl/acl.h, exported by libascendcl.so.  The result may be null.
+// acl/acl.h, exported by libascendcl.so. The result may be null.
 using GetRecentErrMsgFn = const char*();
 
 }  // namespace jax_kvcache::cann
 
-#endif  // JAX_KVCACHE_FFI_CANN_H_
+#endif  // JAX_KVCACHE_FFI_ASCEND_CANN_H_

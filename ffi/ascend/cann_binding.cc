@@ -1,5 +1,5 @@
 // Owns the search for CANN's libraries.
-#include "cann_binding.h"
+#include "ascend/cann_binding.h"
 
 #include <dlfcn.h>
 #include <glob.h>
@@ -33,7 +33,7 @@ std::vector<std::string> Entries(const char* variable) {
   return entries;
 }
 
-// The library folders of the toolkit, from the variables that its set_env.sh sets.
+// The toolkit's library folders, according to the variables that its set_env.sh sets.
 std::vector<std::string> ToolkitFolders() {
   std::vector<std::string> folders;
   for (const char* variable : {"ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME"}) {
@@ -42,15 +42,15 @@ std::vector<std::string> ToolkitFolders() {
   return folders;
 }
 
-// A library of the toolkit: as the loader finds it, then in the toolkit's folders.
+// Where a library of the toolkit may be: where the loader finds it, then the toolkit's folders.
 std::vector<std::string> Places(const std::string& name) {
   std::vector<std::string> places = {name};
   for (const std::string& folder : ToolkitFolders()) places.push_back(folder + name);
   return places;
 }
 
-// Where the operator may be, in the vendor's order: custom operators, the one library of older
-// releases, the split libraries of newer ones.
+// Where the operator may be, in the order that the vendor's own loader uses: libraries of custom
+// operators, the single operator library of older releases, the several ones of newer releases.
 std::vector<std::string> OperatorPlaces() {
   std::vector<std::string> places;
   for (const std::string& entry : Entries("ASCEND_CUSTOM_OPP_PATH")) {
@@ -92,7 +92,7 @@ class Search {
     return Fail("library with aclnnDequantRopeQuantKvcache");
   }
 
-  // libopapi.so depends on libnnopbase.so: the operator's own copy comes first.
+  // The operator's library is searched first: it may have loaded its own copy of libnnopbase.so.
   bool Base(Api* api) {
     std::vector<void*> libraries = {operator_};
     for (const std::string& place : Places("libnnopbase.so")) libraries.push_back(Open(place));
@@ -118,7 +118,7 @@ class Search {
     return true;
   }
 
-  // Opened libraries stay open: CANN keeps threads of its own.
+  // The library is never closed, because CANN has threads that run its code.
   void* Open(const std::string& place) {
     void* library = dlopen(place.c_str(), RTLD_LAZY | RTLD_LOCAL);
     if (library == nullptr) {

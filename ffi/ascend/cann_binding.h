@@ -1,11 +1,11 @@
-// Owns the binding to CANN's libraries, made at run time so that one build runs with every release
-// of CANN and without any.
-#ifndef JAX_KVCACHE_FFI_CANN_BINDING_H_
-#define JAX_KVCACHE_FFI_CANN_BINDING_H_
+// Owns the binding to CANN's libraries. It is made at run time, so that one build of this library
+// runs with every release of CANN and without CANN.
+#ifndef JAX_KVCACHE_FFI_ASCEND_CANN_BINDING_H_
+#define JAX_KVCACHE_FFI_ASCEND_CANN_BINDING_H_
 
 #include <string>
 
-#include "cann.h"
+#include "ascend/cann.h"
 
 namespace jax_kvcache::cann {
 
@@ -23,13 +23,13 @@ struct Api {
 
 struct Binding {
   bool ok = false;
-  Api api;           // complete where ok
-  std::string text;  // the files bound, or why there are none, with every place looked at
+  Api api;           // complete if `ok`
+  std::string text;  // the files that were found, or why not, with every place that was searched
 };
 
-// Looks for CANN at the first call, from whichever thread; the answer then stays.
+// The first call, on any thread, looks for CANN. Later calls return the same answer.
 const Binding& Bind();
 
 }  // namespace jax_kvcache::cann
 
-#endif  // JAX_KVCACHE_FFI_CANN_BINDING_H_
+#endif  // JAX_KVCACHE_FFI_ASCEND_CANN_BINDING_H_

@@ -1,17 +1,17 @@
-// Compiles only if cann.h declares what CANN's own headers declare.
+// Owns the comparison of cann.h with CANN's own headers: this file compiles only if they agree.
 #include <type_traits>
 
 #include "acl/acl.h"
 #include "aclnn/acl_meta.h"
 #include "aclnnop/aclnn_dequant_rope_quant_kvcache.h"
-#include "cann.h"
+#include "ascend/cann.h"
 
 namespace {
 
 namespace cann = jax_kvcache::cann;
 
-// C passes an enum as int, and releases of CANN differ in the const of what a pointer points to:
-// neither matters to a caller.
+// Two differences do not matter to a caller and are ignored: an enum, which C passes as int, and
+// const behind a pointer, in which releases of CANN differ.
 template <typename T>
 struct Plain {
   using type = std::conditional_t<std::is_enum_v<T>, int, T>;

@@ -1,7 +1,7 @@
-// Owns the lifetime of CANN's objects during one call.
-#include "cann_session.h"
+// Owns how a session creates and destroys CANN's objects.
+#include "ascend/cann_session.h"
 
-#include "cann_status.h"
+#include "ascend/cann_status.h"
 
 namespace jax_kvcache::cann {
 
@@ -38,14 +38,13 @@ aclIntArray* Session::IntArray(const char* name, std::initializer_list<int64_t> 
 
 void Session::Launch(void* workspace, uint64_t workspace_size, Stream stream) {
   aclOpExecutor* const executor = executor_;
-  executor_ = nullptr;  // the launch frees it, also when it fails
+  executor_ = nullptr;  // the launch frees the executor, also if it fails
   Note("aclnnDequantRopeQuantKvcache", api_.launch(workspace, workspace_size, executor, stream));
 }
 
 void Session::Close() {
   if (executor_ != nullptr) {
-    // CANN documents the two calls as a pair: only a repeatable executor is the caller's to
-    // destroy.
+    // CANN's documentation allows a caller to destroy an executor only after making it repeatable.
     Note("aclSetAclOpExecutorRepeatable", api_.set_executor_repeatable(executor_));
     Note("aclDestroyAclOpExecutor", api_.destroy_executor(executor_));
     executor_ = nullptr;

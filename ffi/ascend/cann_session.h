@@ -1,11 +1,12 @@
-// Owns the objects of one call of CANN: makes them, destroys each exactly once, keeps what failed.
-#ifndef JAX_KVCACHE_FFI_CANN_SESSION_H_
-#define JAX_KVCACHE_FFI_CANN_SESSION_H_
+// Owns the CANN objects of one call: it creates them, destroys each exactly once, and collects
+// errors.
+#ifndef JAX_KVCACHE_FFI_ASCEND_CANN_SESSION_H_
+#define JAX_KVCACHE_FFI_ASCEND_CANN_SESSION_H_
 
 #include <initializer_list>
 #include <string>
 
-#include "cann_binding.h"
+#include "ascend/cann_binding.h"
 
 namespace jax_kvcache::cann {
 
@@ -16,20 +17,22 @@ class Session {
   Session(const Session&) = delete;
   Session& operator=(const Session&) = delete;
 
-  // Describes a dense row-major array; null if that fails, or anything did before.
+  // Describes a dense row-major array. Returns null if that fails or if something failed before.
   aclTensor* Tensor(const char* name, DataType dtype, std::initializer_list<int64_t> dims,
                     void* data);
   aclIntArray* IntArray(const char* name, std::initializer_list<int64_t> values);
 
-  // Takes the executor that GetWorkspaceSize made; Launch hands it to CANN, which frees it.
+  // Takes over the executor that GetWorkspaceSize created. Launch passes it on to CANN, which frees
+  // it.
   void Own(aclOpExecutor* executor) { executor_ = executor; }
   void Launch(void* workspace, uint64_t workspace_size, Stream stream);
 
-  // Remembers a failed `call`; the first one decides whose fault it is.
+  // Adds an error if `status` says that `call` failed. The first failure decides whether the caller
+  // is at fault.
   void Note(const std::string& call, Status status);
 
-  // Destroys everything.  CANN has taken what it needs when a launch returns, so this does not
-  // wait for the device.
+  // Destroys everything. This does not wait for the device: when the launch returns, CANN no longer
+  // needs the descriptors.
   void Close();
 
   bool ok() const { return error_.empty(); }
@@ -38,7 +41,7 @@ class Session {
 
  private:
   static constexpr int kMaxTensors = 16;  // 13 operands and 3 results
-  static constexpr int kMaxRank = 4;      // of a cache
+  static constexpr int kMaxRank = 4;      // a cache's
 
   void Fail(const std::string& what, const char* advice);
 
@@ -53,4 +56,4 @@ class Session {
 
 }  // namespace jax_kvcache::cann
 
-#endif  // JAX_KVCACHE_FFI_CANN_SESSION_H_
+#endif  // JAX_KVCACHE_FFI_ASCEND_CANN_SESSION_H_

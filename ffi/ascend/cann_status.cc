@@ -1,5 +1,5 @@
 // Owns the table of aclnn status codes.
-#include "cann_status.h"
+#include "ascend/cann_status.h"
 
 namespace jax_kvcache::cann {
 namespace {

@@ -1,8 +1,8 @@
-// Owns the meaning of aclnn status codes: their names, whose fault they are, what a user can do.
-#ifndef JAX_KVCACHE_FFI_CANN_STATUS_H_
-#define JAX_KVCACHE_FFI_CANN_STATUS_H_
+// Owns the meaning of aclnn status codes: their names, who is at fault, what a user can do.
+#ifndef JAX_KVCACHE_FFI_ASCEND_CANN_STATUS_H_
+#define JAX_KVCACHE_FFI_ASCEND_CANN_STATUS_H_
 
-#include "cann.h"
+#include "ascend/cann.h"
 
 namespace jax_kvcache::cann {
 
@@ -12,9 +12,9 @@ const char* StatusName(Status status);
 // One sentence, or an empty string where there is nothing to say.
 const char* StatusAdvice(Status status);
 
-// True for 16xxxx: CANN refuses the arguments; anything else went wrong inside CANN.
+// True for codes 16xxxx, with which CANN refuses the arguments. Others are failures inside CANN.
 bool IsCallersFault(Status status);
 
 }  // namespace jax_kvcache::cann
 
-#endif  // JAX_KVCACHE_FFI_CANN_STATUS_H_
+#endif  // JAX_KVCACHE_FFI_ASCEND_CANN_STATUS_H_

@@ -1,23 +1,19 @@
-// Owns the two handlers that the benchmark compares with: an empty call, and memory at its speed.
+// Owns the benchmark's handler that copies memory: how fast this machine reads and writes.
 #include <algorithm>
 #include <cstring>
 #include <utility>
 
-#include "parallel.h"
-#include "plan.h"
-#include "xla_call.h"
+#include "core/parallel.h"
+#include "core/xla_call.h"
 
 namespace jax_kvcache {
 namespace {
 
 namespace ffi = xla::ffi;
 
-ffi::Error Empty(ffi::ThreadPool, ffi::RemainingArgs, ffi::RemainingRets, bool) {
-  return ffi::Error::Success();
-}
-
-// Copies operand 0 over operand 1, which result 0 aliases, with at most that many threads. The
-// operands and results after these are there so that the call costs what the operator's does.
+// Copies operand 0 over operand 1, which result 0 aliases, on at most `threads` threads. The
+// operands and results after these have no other purpose than to make the call itself as expensive
+// as the operator's.
 ffi::Error Copy(ffi::ThreadPool pool, ffi::Buffer<ffi::U8> from, ffi::Buffer<ffi::U8> to,
                 ffi::RemainingArgs, ffi::ResultBuffer<ffi::U8> result, ffi::RemainingRets,
                 int64_t threads) {
@@ -38,12 +34,6 @@ ffi::Error Copy(ffi::ThreadPool pool, ffi::Buffer<ffi::U8> from, ffi::Buffer<ffi
 
 }  // namespace
 }  // namespace jax_kvcache
-
-JAX_KVCACHE_EXPORT XLA_FFI_Error* dequant_rope_quant_kvcache_empty(XLA_FFI_CallFrame* call_frame);
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    dequant_rope_quant_kvcache_empty, jax_kvcache::Empty,
-    xla::ffi::Ffi::Bind().Ctx<xla::ffi::ThreadPool>().RemainingArgs().RemainingRets().Attr<bool>(
-        "kv_output"));
 
 JAX_KVCACHE_EXPORT XLA_FFI_Error* jax_kvcache_memcpy(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_kvcache_memcpy, jax_kvcache::Copy,

@@ -1,5 +1,5 @@
-// Owns what a checked shape can answer, and how types and dimensions are written in messages.
-#include "canonical.h"
+// Owns the table of element types and the text of dimensions.
+#include "core/tensor.h"
 
 namespace jax_kvcache {
 namespace {
@@ -31,32 +31,14 @@ int64_t ItemSize(DType dtype) {
   return 4;
 }
 
-int64_t Shape::ParameterBlock(Arg arg, int64_t group) const {
-  const uint32_t mask = group_mask[arg];
-  int64_t block = 0;
-  int64_t stride = 1;
-  for (int i = group_rank - 1; mask != 0 && i >= 0; --i) {
-    if ((mask >> i) & 1U) {
-      block += group % group_dims[i] * stride;
-      stride *= group_dims[i];
-    }
-    group /= group_dims[i];
-  }
-  return block;
-}
-
-bool Shape::SharesParameters() const {
-  uint32_t any = 0;
-  for (const uint32_t mask : group_mask) any |= mask;
-  return any == 0;
-}
-
 std::string DTypeName(DType dtype) {
   for (const NumberedName& entry : kDTypeNames) {
     if (entry.number == static_cast<int>(dtype)) return entry.name;
   }
   return "dtype " + std::to_string(static_cast<int>(dtype));
 }
+
+bool IsAbsent(const Tensor& t) { return t.rank == 1 && t.dims[0] == 0; }
 
 std::string DimsText(const int64_t* dims, int64_t rank) {
   std::string text = "[";

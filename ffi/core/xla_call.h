@@ -1,15 +1,15 @@
-// Owns the step from an XLA FFI call frame to a checked canonical call, shared by every handler.
-#ifndef JAX_KVCACHE_FFI_XLA_CALL_H_
-#define JAX_KVCACHE_FFI_XLA_CALL_H_
+// Owns the step from an XLA FFI call to a checked call of an operator, for every handler.
+#ifndef JAX_KVCACHE_FFI_CORE_XLA_CALL_H_
+#define JAX_KVCACHE_FFI_CORE_XLA_CALL_H_
 
 #include <string>
 #include <utility>
 
-#include "canonical.h"
+#include "core/tensor.h"
 #include "xla/ffi/api/ffi.h"
 
-// Declares a handler symbol that the library exports; XLA_FFI_DEFINE_HANDLER_SYMBOL then defines
-// it.
+// Declares a symbol that a library exports. XLA_FFI_DEFINE_HANDLER_SYMBOL defines a handler so
+// declared.
 #define JAX_KVCACHE_EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace jax_kvcache {
@@ -26,29 +26,38 @@ inline Tensor ToTensor(const xla::ffi::AnyBuffer& buffer) {
           static_cast<DType>(buffer.element_type())};
 }
 
-// Reads and checks the operands, results and attribute of one call. On success `call` borrows the
-// frame's dimensions and buffers.
-inline xla::ffi::Error ReadCall(const xla::ffi::RemainingArgs& args,
-                                const xla::ffi::RemainingRets& rets, bool kv_output, Call* call,
-                                Shape* shape) {
+// Reads exactly as many operands and results as the arrays hold. The tensors borrow XLA's
+// dimensions and memory.
+template <size_t kNumArgs, size_t kNumRets>
+xla::ffi::Error ReadTensors(const char* operator_name, const xla::ffi::RemainingArgs& args,
+                            const xla::ffi::RemainingRets& rets, Tensor (&arg_tensors)[kNumArgs],
+                            Tensor (&ret_tensors)[kNumRets]) {
   if (args.size() != kNumArgs || rets.size() != kNumRets) {
     return xla::ffi::Error::InvalidArgument(
-        std::string(kOperator) + ": takes " + std::to_string(kNumArgs) + " operands and " +
+        std::string(operator_name) + ": takes " + std::to_string(kNumArgs) + " operands and " +
         std::to_string(kNumRets) + " results, got " + std::to_string(args.size()) + " and " +
         std::to_string(rets.size()) + ".");
   }
-  for (int i = 0; i < kNumArgs; ++i) {
+  for (size_t i = 0; i < kNumArgs; ++i) {
     const xla::ffi::ErrorOr<xla::ffi::AnyBuffer> buffer = args.get<xla::ffi::AnyBuffer>(i);
     if (!buffer.has_value()) return buffer.error();
-    call->args[i] = ToTensor(*buffer);
+    arg_tensors[i] = ToTensor(*buffer);
   }
-  for (int i = 0; i < kNumRets; ++i) {
+  for (size_t i = 0; i < kNumRets; ++i) {
     xla::ffi::ErrorOr<xla::ffi::Result<xla::ffi::AnyBuffer>> buffer =
         rets.get<xla::ffi::AnyBuffer>(i);
     if (!buffer.has_value()) return buffer.error();
-    call->rets[i] = ToTensor(**buffer);
+    ret_tensors[i] = ToTensor(**buffer);
   }
-  call->kv_output = kv_output;
+  return xla::ffi::Error::Success();
+}
+
+// Reads a call whose attributes `call` already has, and checks it with the operator's Validate.
+template <typename Call, typename Shape>
+xla::ffi::Error ReadCall(const char* operator_name, const xla::ffi::RemainingArgs& args,
+                         const xla::ffi::RemainingRets& rets, Call* call, Shape* shape) {
+  xla::ffi::Error read = ReadTensors(operator_name, args, rets, call->args, call->rets);
+  if (read.failure()) return read;
   std::string error = Validate(*call, shape);
   if (!error.empty()) return xla::ffi::Error::InvalidArgument(std::move(error));
   return xla::ffi::Error::Success();
@@ -56,4 +65,4 @@ inline xla::ffi::Error ReadCall(const xla::ffi::RemainingArgs& args,
 
 }  // namespace jax_kvcache
 
-#endif  // JAX_KVCACHE_FFI_XLA_CALL_H_
+#endif  // JAX_KVCACHE_FFI_CORE_XLA_CALL_H_

@@ -1,42 +1,47 @@
-// Owns the CPU handler: checks the call, cuts it into parts, runs them on XLA's threads.
+// Owns the CPU handler of dequant_rope_quant_kvcache: it checks the call, divides it into parts and
+// runs them on XLA's threads.
+#include "core/dequant_rope_quant_kvcache.h"
+
 #include <sys/mman.h>
 
 #include <cstdint>
 #include <utility>
 
-#include "kernel.h"
-#include "parallel.h"
-#include "plan.h"
-#include "xla_call.h"
+#include "core/parallel.h"
+#include "core/xla_call.h"
+#include "cpu/dequant_rope_quant_kvcache_kernel.h"
+#include "cpu/dequant_rope_quant_kvcache_plan.h"
 
-namespace jax_kvcache {
+namespace jax_kvcache::dequant_rope_quant_kvcache {
 namespace {
 
 namespace ffi = xla::ffi;
 
-// glibc maps what is at least this large anew every time: pages that do not exist before they are
-// written to.
-constexpr int64_t kAlwaysFresh = 32 << 20;
+// For an allocation of this size or more, glibc takes new pages from the system every time: each
+// page is created when it is first written.
+constexpr int64_t kAlwaysNewPages = 32 << 20;
 
-// Finding a large result's pages 4 KB at a time takes longer than filling them. Where the system
-// gives huge pages to those who ask, there are 512 times fewer to find; elsewhere this does
-// nothing.
+// Creating a large result's pages 4 KB at a time takes longer than computing the result. On systems
+// that give huge pages of 2 MB to programs that ask, there are 512 times fewer pages to create; on
+// other systems this has no effect.
 void AskForHugePages(const Tensor& result) {
   constexpr uintptr_t kHugePage = 2 << 20;
   const int64_t bytes = result.dims[0] * ItemSize(result.dtype);
-  if (bytes < kAlwaysFresh) return;
+  if (bytes < kAlwaysNewPages) return;
   const auto begin = reinterpret_cast<uintptr_t>(result.data);
   const uintptr_t first = (begin + kHugePage - 1) & ~(kHugePage - 1);
   const uintptr_t last = (begin + static_cast<uintptr_t>(bytes)) & ~(kHugePage - 1);
   auto* const pages = static_cast<char*>(result.data) + (first - begin);
-  static_cast<void>(madvise(pages, last - first, MADV_HUGEPAGE));  // a wish
+  // A failure is ignored: it costs time only.
+  static_cast<void>(madvise(pages, last - first, MADV_HUGEPAGE));
 }
 
-ffi::Error DequantRopeQuantKvcacheCpu(ffi::ThreadPool pool, ffi::RemainingArgs args,
-                                      ffi::RemainingRets rets, bool kv_output) {
+ffi::Error Run(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
+               bool kv_output) {
   Call call;
+  call.kv_output = kv_output;
   Shape shape;
-  ffi::Error error = ReadCall(args, rets, kv_output, &call, &shape);
+  ffi::Error error = ReadCall(kOperator, args, rets, &call, &shape);
   if (error.failure()) return error;
   const Buffers buffers = ToBuffers(call, shape);
   for (const Ret ret : {kQOut, kKOut, kVOut}) AskForHugePages(call.rets[ret]);
@@ -49,10 +54,10 @@ ffi::Error DequantRopeQuantKvcacheCpu(ffi::ThreadPool pool, ffi::RemainingArgs a
 }
 
 }  // namespace
-}  // namespace jax_kvcache
+}  // namespace jax_kvcache::dequant_rope_quant_kvcache
 
 JAX_KVCACHE_EXPORT XLA_FFI_Error* dequant_rope_quant_kvcache_cpu(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    dequant_rope_quant_kvcache_cpu, jax_kvcache::DequantRopeQuantKvcacheCpu,
+    dequant_rope_quant_kvcache_cpu, jax_kvcache::dequant_rope_quant_kvcache::Run,
     xla::ffi::Ffi::Bind().Ctx<xla::ffi::ThreadPool>().RemainingArgs().RemainingRets().Attr<bool>(
         "kv_output"));

@@ -1,93 +1,9 @@
-// Owns the choice of the kernel: the machine's instruction set, and the pointers of a call.
-#include "kernel.h"
+// Owns the choice of the kernel's variant, and the pointers that it gets.
+#include "cpu/dequant_rope_quant_kvcache_kernel.h"
 
-#include <atomic>
-#include <cstring>
+#include "cpu/dequant_rope_quant_kvcache_kernel_variant.h"
 
-#include "kernel_variant.h"
-
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
-
-namespace jax_kvcache {
-namespace {
-
-#if defined(__x86_64__)
-// Two bits that the compilers' __builtin_cpu_supports does not know everywhere.
-bool HasF16c() {
-  unsigned eax = 0;
-  unsigned ebx = 0;
-  unsigned ecx = 0;
-  unsigned edx = 0;
-  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
-}
-
-bool HasAvx512Bf16() {
-  unsigned eax = 0;
-  unsigned ebx = 0;
-  unsigned ecx = 0;
-  unsigned edx = 0;
-  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax & (1U << 5)) != 0;
-}
-#endif
-
-Simd BestSimd() {
-  Simd best = Simd::kBaseline;
-  for (int i = 0; i < static_cast<int>(Simd::kCount); ++i) {
-    if (SimdSupported(static_cast<Simd>(i))) best = static_cast<Simd>(i);
-  }
-  return best;
-}
-
-std::atomic<Simd>& Active() {
-  static std::atomic<Simd> active = BestSimd();
-  return active;
-}
-
-}  // namespace
-
-const char* SimdName(Simd simd) {
-  switch (simd) {
-    case Simd::kAvx2:
-      return "avx2";
-    case Simd::kAvx512:
-      return "avx512";
-    case Simd::kAvx512Bf16:
-      return "avx512_bf16";
-    default:
-      return "baseline";
-  }
-}
-
-bool SimdSupported(Simd simd) {
-#if defined(__x86_64__)
-  switch (simd) {
-    case Simd::kAvx512Bf16:
-      return SimdSupported(Simd::kAvx512) && HasAvx512Bf16();
-    case Simd::kAvx512:
-      return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && HasF16c();
-    case Simd::kAvx2:
-      return __builtin_cpu_supports("avx2") && HasF16c();
-    default:
-      break;
-  }
-#endif
-  return simd == Simd::kBaseline;
-}
-
-Simd ActiveSimd() { return Active().load(std::memory_order_relaxed); }
-
-bool UseSimd(const char* name) {
-  for (int i = 0; i < static_cast<int>(Simd::kCount); ++i) {
-    const Simd simd = static_cast<Simd>(i);
-    if (std::strcmp(name, SimdName(simd)) != 0 || !SimdSupported(simd)) continue;
-    Active().store(simd, std::memory_order_relaxed);
-    return true;
-  }
-  return false;
-}
+namespace jax_kvcache::dequant_rope_quant_kvcache {
 
 Kernel SelectKernel([[maybe_unused]] Simd simd, const Shape& shape) {
 #if defined(__x86_64__)
@@ -99,28 +15,29 @@ Kernel SelectKernel([[maybe_unused]] Simd simd, const Shape& shape) {
 }
 
 Buffers ToBuffers(const Call& call, const Shape& shape) {
-  const auto arg = [&](Arg i) { return call.args[i].data; };
-  const auto floats = [&](Arg i, bool present) {
-    return present ? static_cast<const float*>(call.args[i].data) : nullptr;
-  };
-  const bool quantized = shape.x == DType::kS32;
-  const auto ret = [&](Ret i, bool present) { return present ? call.rets[i].data : nullptr; };
-  return {arg(kX),
-          arg(kCos),
-          arg(kSin),
-          static_cast<int8_t*>(arg(kKCache)),
-          static_cast<int8_t*>(arg(kVCache)),
-          static_cast<const int32_t*>(arg(kSlots)),
-          floats(kScaleK, true),
-          floats(kScaleV, true),
-          floats(kOffsetK, shape.has_offset),
-          floats(kOffsetV, shape.has_offset),
-          floats(kWeightScale, quantized),
-          floats(kActivationScale, shape.has_activation_scale),
-          shape.has_bias ? arg(kBias) : nullptr,
-          ret(kQOut, true),
-          ret(kKOut, shape.kv_output),
-          ret(kVOut, shape.kv_output)};
+  const auto floats = [&](Arg arg) { return static_cast<const float*>(call.args[arg].data); };
+  Buffers b;
+  b.x = call.args[kX].data;
+  b.cos = call.args[kCos].data;
+  b.sin = call.args[kSin].data;
+  b.k_cache = static_cast<int8_t*>(call.args[kKCache].data);
+  b.v_cache = static_cast<int8_t*>(call.args[kVCache].data);
+  b.slots = static_cast<const int32_t*>(call.args[kSlots].data);
+  b.scale_k = floats(kScaleK);
+  b.scale_v = floats(kScaleV);
+  if (shape.has_offset) {
+    b.offset_k = floats(kOffsetK);
+    b.offset_v = floats(kOffsetV);
+  }
+  if (shape.x_is_accumulator()) b.weight_scale = floats(kWeightScale);
+  if (shape.has_activation_scale) b.activation_scale = floats(kActivationScale);
+  if (shape.has_bias) b.bias = call.args[kBias].data;
+  b.q = call.rets[kQOut].data;
+  if (shape.kv_output) {
+    b.k = call.rets[kKOut].data;
+    b.v = call.rets[kVOut].data;
+  }
+  return b;
 }
 
-}  // namespace jax_kvcache
+}  // namespace jax_kvcache::dequant_rope_quant_kvcache

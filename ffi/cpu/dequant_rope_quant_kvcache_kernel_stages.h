@@ -1,64 +1,69 @@
-// Owns the arithmetic of N columns, in registers: dequantise, rotate, quantise. Compiled once per
-// instruction set, with what simd.h says about that.
-#ifndef JAX_KVCACHE_FFI_STAGES_H_
-#define JAX_KVCACHE_FFI_STAGES_H_
+// Owns the arithmetic of N columns of a row, in registers: dequantise, rotate, quantise. It is
+// compiled once per instruction set and in the unnamed namespace, for the reason that simd_types.h
+// gives.
+#ifndef JAX_KVCACHE_FFI_CPU_DEQUANT_ROPE_QUANT_KVCACHE_KERNEL_STAGES_H_
+#define JAX_KVCACHE_FFI_CPU_DEQUANT_ROPE_QUANT_KVCACHE_KERNEL_STAGES_H_
 
 #include <cstdint>
 #include <type_traits>
 
-#include "simd.h"
+#include "cpu/simd.h"
 
-namespace jax_kvcache {
+namespace jax_kvcache::dequant_rope_quant_kvcache {
 namespace {
 
-struct NoBias {};
+struct NoBias {};  // in place of the bias's element type
 
-// What makes float32 values of N columns of x, the same for every token of a group.
+// Turns N columns of x into float32 values. It is the same for all tokens of a group. An int32 x is
+// the accumulator of an int8 matrix product; any other x is loaded as it is.
 template <int N, typename X, typename Bias>
 struct Dequantizer {
-  using BiasVector = std::conditional_t<std::is_same_v<Bias, int32_t>, UInts<N>, Floats<N>>;
-  Floats<N> weight_scale;
-  BiasVector bias;
+  static constexpr bool kXIsAccumulator = std::is_same_v<X, int32_t>;
+  static constexpr bool kHasInt32Bias = std::is_same_v<Bias, int32_t>;
+  static constexpr bool kHasFloatBias = !kHasInt32Bias && !std::is_same_v<Bias, NoBias>;
 
-  // `weight_scale` and `bias` are at the first of the columns; unused where x is not int32.
+  Floats<N> weight_scale;
+  std::conditional_t<kHasInt32Bias, UInts<N>, Floats<N>> bias;
+
+  // Both pointers are at the first of the columns; they are not read unless x is an accumulator.
   JAX_KVCACHE_INLINE Dequantizer(const float* weight_scale_in, const Bias* bias_in) {
-    if constexpr (std::is_same_v<X, int32_t>) {
+    if constexpr (kXIsAccumulator) {
       weight_scale = Load<N>(weight_scale_in);
-      if constexpr (std::is_same_v<Bias, int32_t>) {
+      if constexpr (kHasInt32Bias) {
         bias = LoadBits<UInts<N>>(bias_in);
-      } else if constexpr (!std::is_same_v<Bias, NoBias>) {
+      } else if constexpr (kHasFloatBias) {
         bias = Load<N>(bias_in);
       }
     }
   }
 
-  // `activation_scale` is 1 when absent: that product is exact.
+  // `activation_scale` is 1 if the call has none: multiplying by 1 is exact.
   JAX_KVCACHE_INLINE Floats<N> Value(const X* x, float activation_scale) const {
-    if constexpr (!std::is_same_v<X, int32_t>) {
+    if constexpr (!kXIsAccumulator) {
       return Load<N>(x);
     } else {
       Floats<N> y;
-      if constexpr (std::is_same_v<Bias, int32_t>) {
-        const UInts<N> sum = LoadBits<UInts<N>>(x) + bias;  // wraps
+      if constexpr (kHasInt32Bias) {
+        const UInts<N> sum = LoadBits<UInts<N>>(x) + bias;  // unsigned: it wraps
         y = __builtin_convertvector(BitCast<Ints<N>>(sum), Floats<N>);
       } else {
         y = Load<N>(x);
       }
       y = y * weight_scale;
       y = y * activation_scale;
-      if constexpr (!std::is_same_v<Bias, int32_t> && !std::is_same_v<Bias, NoBias>) y = y + bias;
+      if constexpr (kHasFloatBias) y = y + bias;
       return y;
     }
   }
 };
 
-// What makes int8 codes of N columns, the same for every token of a group.
+// Turns values of N columns into int8 codes. It is the same for all tokens of a group.
 template <int N>
 struct Quantizer {
   Floats<N> scale;
   Floats<N> offset;
 
-  // `offset` may be null: adding 0 changes the sign of a zero, which has no code of its own.
+  // `offset_in` may be null. Then 0 is added, which can only turn -0 into +0, and both have code 0.
   JAX_KVCACHE_INLINE Quantizer(const float* scale_in, const float* offset_in)
       : scale(Load<N>(scale_in)), offset(offset_in == nullptr ? Floats<N>{} : Load<N>(offset_in)) {}
 
@@ -67,7 +72,7 @@ struct Quantizer {
   }
 };
 
-// Something of columns [j, j + N) of a head, and of columns [j + D/2, j + D/2 + N).
+// Something for columns [j, j + N) of a head, and for columns [j + D/2, j + D/2 + N).
 template <typename T>
 struct Halves {
   T low;
@@ -82,12 +87,13 @@ struct Angles {
   Floats<N> high_cos;
   Floats<N> high_sin;
 
-  // float16 tables: the rotation is in float16, one rounding per product and sum. Each is computed
-  // in float32 and rounded, which is the same: a product of two float16 is exact in float32, and a
-  // sum has 24 >= 2*11 + 2 bits, enough for rounding twice to equal rounding once.
+  // With float16 tables, the rotation rounds every product and every sum to float16. Each is
+  // computed in float32 and then rounded to float16, which gives the same bits: the product of two
+  // float16 values is exact in float32, and for a sum, float32 has 24 >= 2*11 + 2 significant bits,
+  // with which rounding twice gives the same result as rounding once.
   using Compute = std::conditional_t<std::is_same_v<Table, Half>, Half, float>;
 
-  // `cos` and `sin` are at the first of the columns.
+  // Both pointers are at the first of the columns.
   JAX_KVCACHE_INLINE void Read(const Table* cos, const Table* sin, int64_t half_dim) {
     low_cos = Load<N>(cos);
     low_minus_sin = -Load<N>(sin);
@@ -104,6 +110,6 @@ struct Angles {
 };
 
 }  // namespace
-}  // namespace jax_kvcache
+}  // namespace jax_kvcache::dequant_rope_quant_kvcache
 
-#endif  // JAX_KVCACHE_FFI_STAGES_H_
+#endif  // JAX_KVCACHE_FFI_CPU_DEQUANT_ROPE_QUANT_KVCACHE_KERNEL_STAGES_H_

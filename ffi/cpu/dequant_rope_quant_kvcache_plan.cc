@@ -1,34 +1,33 @@
-// Owns the split of a call over threads.
-#include "plan.h"
+// Owns the division of a call into parts.
+#include "cpu/dequant_rope_quant_kvcache_plan.h"
 
 #include <algorithm>
 
-namespace jax_kvcache {
+#include "core/tensor.h"
+#include "cpu/threads.h"
+
+namespace jax_kvcache::dequant_rope_quant_kvcache {
 namespace {
 
-// A parked pool thread takes 10 to 30 us to wake (a condition variable on a virtual machine), in
-// which one thread moves 0.4 to 1 MB. Measured, two threads took this part of one thread's time:
-// 0.9 at 0.7 MB, 0.8 to 1.1 at 1.3 MB, 0.8 at 2.7 MB, 0.7 at 5 MB, 0.55 at 10 MB.
-constexpr int64_t kBytesPerThread = 512 << 10;
-
-// A part is what a thread that is done may take from one that is not. From 32 to 512 KB the time
-// changes by a few percent: the smaller ones for lines that two cores pull from each other, the
-// larger ones for the wait at the end.
+// A thread that has done its own parts takes whole parts from another thread. Between 32 and 512 KB
+// per part the time changes by a few percent: with smaller parts, two cores write to the same cache
+// lines more often; with larger ones, threads wait longer for the last part.
 constexpr int64_t kBytesPerPart = 128 << 10;
 
-// What one token reads and writes, parameters aside: they stay in the cache.
+// The bytes that one token reads and writes. The parameters do not count: they stay in the
+// processor's cache.
 int64_t BytesPerToken(const Shape& shape) {
-  const int64_t table_size = ItemSize(shape.table);
-  const int64_t out_heads = shape.num_q + (shape.kv_output ? 2 * shape.num_kv : 0);
-  const int64_t columns = ItemSize(shape.x) * shape.hidden() / shape.head_dim +
-                          table_size * (out_heads + 2) + 2 * shape.num_kv;
-  return columns * shape.head_dim;
+  const int64_t table_size = ItemSize(shape.table_dtype);
+  const int64_t out_heads = shape.num_q_heads + (shape.kv_output ? 2 * shape.num_kv_heads : 0);
+  const int64_t bytes_per_column = ItemSize(shape.x_dtype) * shape.num_heads() +
+                                   table_size * (out_heads + 2) + 2 * shape.num_kv_heads;
+  return bytes_per_column * shape.head_dim;
 }
 
 int64_t CeilDivide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 Plan ByHeads(const Shape& shape, int64_t threads) {
-  const int64_t heads = shape.num_q + 2 * shape.num_kv;
+  const int64_t heads = shape.num_heads();
   Plan plan;
   plan.by_heads = true;
   plan.per_part = CeilDivide(heads, threads);
@@ -40,19 +39,15 @@ Plan ByHeads(const Shape& shape, int64_t threads) {
 }  // namespace
 
 Part Plan::At(const Shape& shape, int64_t index) const {
-  const int64_t tokens = shape.groups * shape.tokens;
-  const int64_t heads = shape.num_q + 2 * shape.num_kv;
+  const int64_t tokens = shape.all_tokens();
+  const int64_t heads = shape.num_heads();
   const int64_t begin = index * per_part;
   if (by_heads) return {0, tokens, begin, std::min(begin + per_part, heads)};
   return {begin, std::min(begin + per_part, tokens), 0, heads};
 }
 
-int64_t WorthThreads(int64_t bytes, int64_t max_threads) {
-  return std::clamp<int64_t>(bytes / kBytesPerThread, 1, std::max<int64_t>(max_threads, 1));
-}
-
 Plan MakePlan(const Shape& shape, const int32_t* slots, int64_t max_threads) {
-  const int64_t tokens = shape.groups * shape.tokens;
+  const int64_t tokens = shape.all_tokens();
   const int64_t token_bytes = BytesPerToken(shape);
   Plan plan;
   plan.per_part = tokens;
@@ -63,9 +58,10 @@ Plan MakePlan(const Shape& shape, const int32_t* slots, int64_t max_threads) {
   plan.per_part = CeilDivide(kBytesPerPart / token_bytes, kTokensTogether) * kTokensTogether;
   plan.per_part = std::clamp<int64_t>(plan.per_part, kTokensTogether, tokens / plan.threads);
   if (plan.per_part >= shape.tokens) {
-    plan.per_part -= plan.per_part % shape.tokens;  // whole groups: their rows differ
+    // Whole groups per part: each group has cache rows of its own.
+    plan.per_part -= plan.per_part % shape.tokens;
   } else {
-    for (int64_t group = 0; group < shape.groups; ++group) {
+    for (int64_t group = 0; group < shape.groups.count; ++group) {
       if (!HasDistinctRows(slots + group * shape.tokens, shape.tokens, shape.rows)) {
         return ByHeads(shape, plan.threads);
       }
@@ -81,7 +77,8 @@ bool HasDistinctRows(const int32_t* slots, int64_t count, int64_t rows) {
   for (int64_t i = 1; i < count && increasing; ++i) increasing = slots[i - 1] < slots[i];
   if (increasing) return true;
 
-  // A hash table on the stack, 16 KiB; more slots than half of it go in several passes.
+  // A hash table of 16 KiB on the stack, filled to about a half. More slots than that are divided
+  // by some bits of their hash: one pass over all slots for each value of these bits.
   constexpr int kTableBits = 12;
   constexpr uint32_t kTableSize = 1U << kTableBits;
   constexpr int64_t kPerPass = kTableSize / 2;
@@ -102,10 +99,11 @@ bool HasDistinctRows(const int32_t* slots, int64_t count, int64_t rows) {
       while (table[at] >= 0 && table[at] != slots[i]) at = (at + 1) % kTableSize;
       if (table[at] == slots[i]) return false;
       table[at] = slots[i];
-      if (++held > kPerPass * 3 / 2) return false;  // an unlucky hash: do not fill the table
+      // The hash put too many slots into this pass: answer false before the table is full.
+      if (++held > kPerPass * 3 / 2) return false;
     }
   }
   return true;
 }
 
-}  // namespace jax_kvcache
+}  // namespace jax_kvcache::dequant_rope_quant_kvcache

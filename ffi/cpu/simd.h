@@ -1,19 +1,19 @@
-// Owns what the kernel reads and writes arrays with, N float32 lanes at a time, each value exact or
-// rounded once, the same on every instruction set.
-#ifndef JAX_KVCACHE_FFI_SIMD_H_
-#define JAX_KVCACHE_FFI_SIMD_H_
+// Owns the loads and stores of the CPU kernels: N float32 lanes at a time, each value exact or
+// rounded once, with the same bits on every instruction set.
+#ifndef JAX_KVCACHE_FFI_CPU_SIMD_H_
+#define JAX_KVCACHE_FFI_CPU_SIMD_H_
 
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
 
-#include "simd_convert.h"
-#include "simd_types.h"
+#include "cpu/simd_convert.h"
+#include "cpu/simd_types.h"
 
 namespace jax_kvcache {
 namespace {
 
-// Loads N elements as float32: exact but for int32, which rounds to nearest even.
+// Loads N elements as float32: exactly, except that int32 is rounded to nearest even.
 template <int N>
 JAX_KVCACHE_INLINE Floats<N> Load(const float* from) {
   return LoadBits<Floats<N>>(from);
@@ -47,7 +47,7 @@ JAX_KVCACHE_INLINE void Store(Floats<N> value, BFloat* to) {
   std::memcpy(to, &bits, sizeof(bits));
 }
 
-// The value as the type T holds it.
+// The value rounded to the type T, as float32.
 template <typename T, int N>
 JAX_KVCACHE_INLINE Floats<N> RoundTo(Floats<N> value) {
   static_assert(std::is_same_v<T, float> || std::is_same_v<T, Half>);
@@ -58,7 +58,7 @@ JAX_KVCACHE_INLINE Floats<N> RoundTo(Floats<N> value) {
   }
 }
 
-// clip(rint(z), -128, 127) with NaN -> 0, to N bytes.
+// Stores clip(rint(z), -128, 127) as N bytes; NaN becomes 0.
 template <int N>
 JAX_KVCACHE_INLINE void StoreCodes(Floats<N> z, int8_t* to) {
   const Bytes<N> codes = ToCodes<N>(z);
@@ -68,4 +68,4 @@ JAX_KVCACHE_INLINE void StoreCodes(Floats<N> z, int8_t* to) {
 }  // namespace
 }  // namespace jax_kvcache
 
-#endif  // JAX_KVCACHE_FFI_SIMD_H_
+#endif  // JAX_KVCACHE_FFI_CPU_SIMD_H_

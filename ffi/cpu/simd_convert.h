@@ -1,9 +1,9 @@
-// Owns the conversions between float32 and narrower types: one general form of each, and the
-// instructions for it where there are some.
-#ifndef JAX_KVCACHE_FFI_SIMD_CONVERT_H_
-#define JAX_KVCACHE_FFI_SIMD_CONVERT_H_
+// Owns the conversions between float32 and narrower types: a general form of each, and a
+// specialisation where the instruction set has an instruction for it.
+#ifndef JAX_KVCACHE_FFI_CPU_SIMD_CONVERT_H_
+#define JAX_KVCACHE_FFI_CPU_SIMD_CONVERT_H_
 
-#include "simd_types.h"
+#include "cpu/simd_types.h"
 
 namespace jax_kvcache {
 namespace {
@@ -12,14 +12,14 @@ template <int N>
 JAX_KVCACHE_INLINE UInts<N> Widen(Shorts<N> v) {
   return __builtin_convertvector(v, UInts<N>);
 }
-// The low half of each lane, whose high half is zero.
+// The low 16 bits of each lane. The high 16 bits must be zero.
 template <int N>
 JAX_KVCACHE_INLINE Shorts<N> Narrow(UInts<N> v) {
   return __builtin_convertvector(v, Shorts<N>);
 }
 
 #if defined(__x86_64__)
-// GCC 12 makes a long way of these conversions.
+// GCC 12 compiles the general form of these two into many instructions.
 template <>
 JAX_KVCACHE_INLINE UInts<4> Widen<4>(Shorts<4> v) {
   const __m128i low = _mm_cvtsi64_si128(BitCast<int64_t>(v));
@@ -54,8 +54,8 @@ JAX_KVCACHE_INLINE Shorts<16> Narrow<16>(UInts<16> v) {
 }
 #endif
 
-// float16 -> float32, exact. Integer arithmetic but for the subnormals, whose product is normal, so
-// that no flush mode matters.
+// float16 to float32, exact. Subnormal float16 values are an integer times 2^-24, a product that is
+// normal in float32; all others are integer arithmetic. So the thread's flush mode has no effect.
 template <int N>
 JAX_KVCACHE_INLINE Floats<N> FromHalfBits(Shorts<N> half) {
   const UInts<N> h = Widen<N>(half);
@@ -69,19 +69,19 @@ JAX_KVCACHE_INLINE Floats<N> FromHalfBits(Shorts<N> half) {
   return BitCast<Floats<N>>(bits | sign);
 }
 
-// float32 -> float16, to nearest even.
+// float32 to float16, to nearest even.
 template <int N>
 JAX_KVCACHE_INLINE Shorts<N> ToHalfBits(Floats<N> value) {
   const UInts<N> bits = BitCast<UInts<N>>(value);
   const UInts<N> sign = (bits >> 16) & 0x8000U;
   const UInts<N> magnitude = bits & 0x7FFFFFFFU;
-  // Below the least normal float16, 0.5 has the last bit that the result needs: the sum rounds
-  // there.
+  // For results below the smallest normal float16: the last bit of 0.5 in float32 is 2^-24, as is
+  // the last bit of a subnormal float16. So adding 0.5 rounds at the right bit.
   const Floats<N> aligned = BitCast<Floats<N>>(magnitude) + 0.5f;
   const UInts<N> subnormal = BitCast<UInts<N>>(aligned) - 0x3F000000U;
   const UInts<N> odd = (magnitude >> 13) & 1U;
   const UInts<N> normal = (magnitude - (112U << 23) + 0xFFFU + odd) >> 13;
-  // 65520 and above round to infinity; NaN stays one.
+  // 65520 and above round to infinity. NaN stays NaN.
   const UInts<N> nan = BitCast<UInts<N>>(magnitude > 0x7F800000U) & 0x0200U;
   const UInts<N> special = nan | 0x7C00U;
   UInts<N> result = Select<N>(BitCast<UInts<N>>(magnitude < 0x38800000U), subnormal, normal);
@@ -89,7 +89,7 @@ JAX_KVCACHE_INLINE Shorts<N> ToHalfBits(Floats<N> value) {
   return Narrow<N>(result | sign);
 }
 
-// bfloat16 -> float32, exact, and back, to nearest even.
+// bfloat16 to float32, exact, and back, to nearest even.
 template <int N>
 JAX_KVCACHE_INLINE Floats<N> FromBFloatBits(Shorts<N> bfloat) {
   return BitCast<Floats<N>>(Widen<N>(bfloat) << 16);
@@ -98,28 +98,30 @@ template <int N>
 JAX_KVCACHE_INLINE Shorts<N> ToBFloatBits(Floats<N> value) {
   const UInts<N> bits = BitCast<UInts<N>>(value);
   const UInts<N> rounded = (bits + (0x7FFFU + ((bits >> 16) & 1U))) >> 16;
-  // The sum could carry a NaN into another number.
+  // For a NaN, the carry of the sum could change the exponent, so its result is chosen separately.
   const UInts<N> nan = BitCast<UInts<N>>(value != value);
   return Narrow<N>(Select<N>(nan, UInts<N>{} + 0x7FC0U, rounded));
 }
 
-// clip(rint(z), -128, 127), half to even, NaN -> 0.
+// clip(rint(z), -128, 127), halves to even, and 0 for NaN.
 template <int N>
 JAX_KVCACHE_INLINE Bytes<N> ToCodes(Floats<N> z) {
   const UInts<N> low = BitCast<UInts<N>>(z < -128.0f);
   const UInts<N> high = BitCast<UInts<N>>(z > 127.0f);
   UInts<N> bits = Select<N>(low, BitCast<UInts<N>>(Floats<N>{} - 128.0f), BitCast<UInts<N>>(z));
   bits = Select<N>(high, BitCast<UInts<N>>(Floats<N>{} + 127.0f), bits);
-  // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits; clipping first, to
-  // integers, changes no code and keeps the sum in range.
+  // Adding 1.5 * 2^23 rounds to an integer, which is then in the low bits of the sum. The value was
+  // clipped before so that the sum stays in range; the bounds are integers, so the code is the same
+  // as if it were clipped after rounding.
   const UInts<N> integer = BitCast<UInts<N>>(BitCast<Floats<N>>(bits) + 0x1.8p23f) - 0x4B400000U;
   const UInts<N> number = BitCast<UInts<N>>(z == z);
   return __builtin_convertvector(BitCast<Ints<N>>(integer & number), Bytes<N>);
 }
 
 #if defined(__x86_64__)
-// The conversion to int32 makes -2^31 of what it cannot hold, which is right for all that is below
-// -128; what is above 127 is clipped before it, and NaN is masked.
+// The conversion to int32 gives -2^31 for values out of range, which then saturates to -128: right
+// for large negative values. Values above 127 are clipped before the conversion, and the codes of
+// NaN are set to 0 by the mask.
 template <>
 JAX_KVCACHE_INLINE Bytes<4> ToCodes<4>(Floats<4> z) {
   const __m128 number = _mm_cmpord_ps(z, z);
@@ -137,7 +139,7 @@ template <>
 JAX_KVCACHE_INLINE Shorts<4> ToHalfBits<4>(Floats<4> value) {
   return BitCast<Shorts<4>>(vcvt_f16_f32(BitCast<float32x4_t>(value)));
 }
-// Saturates, and makes 0 of NaN.
+// The conversion saturates, and gives 0 for NaN.
 template <>
 JAX_KVCACHE_INLINE Bytes<4> ToCodes<4>(Floats<4> z) {
   const int16x4_t words = vqmovn_s32(vcvtnq_s32_f32(BitCast<float32x4_t>(z)));
@@ -147,7 +149,7 @@ JAX_KVCACHE_INLINE Bytes<4> ToCodes<4>(Floats<4> z) {
 #endif
 
 #if defined(__AVX2__)
-// The conversions of F16C heed neither flush mode where a float16 subnormal is concerned.
+// F16C's conversions keep float16 subnormals in every flush mode.
 template <>
 JAX_KVCACHE_INLINE Floats<4> FromHalfBits<4>(Shorts<4> half) {
   return _mm_cvtph_ps(_mm_cvtsi64_si128(BitCast<int64_t>(half)));
@@ -188,8 +190,8 @@ JAX_KVCACHE_INLINE Shorts<16> ToHalfBits<16>(Floats<16> value) {
   return BitCast<Shorts<16>>(_mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
 }
 #if defined(__AVX512BF16__)
-// One instruction for the eight below: it rounds to nearest even whatever the mode, keeps a NaN
-// one, and flushes subnormals whatever the mode.
+// One instruction in place of the eight below. In every mode it rounds to nearest even, keeps NaN,
+// and flushes float32 subnormals to zero.
 template <>
 JAX_KVCACHE_INLINE Shorts<16> ToBFloatBits<16>(Floats<16> value) {
   return BitCast<Shorts<16>>(_mm512_cvtneps_pbh(value));
@@ -216,4 +218,4 @@ JAX_KVCACHE_INLINE Bytes<16> ToCodes<16>(Floats<16> z) {
 }  // namespace
 }  // namespace jax_kvcache
 
-#endif  // JAX_KVCACHE_FFI_SIMD_CONVERT_H_
+#endif  // JAX_KVCACHE_FFI_CPU_SIMD_CONVERT_H_

@@ -1,10 +1,11 @@
-// Owns the vector types that the kernel is written in: N lanes, and the widest N that there is.
+// Owns the vector types that the CPU kernels are written in: N lanes, and the widest N in use.
 //
-// Compiled once per instruction set, so everything is in the unnamed namespace: no variant's code
-// can stand in for another's. Arithmetic is the compilers' vector extension; the intrinsics are for
-// what that lacks. Nothing here multiplies and adds in one rounding.
-#ifndef JAX_KVCACHE_FFI_SIMD_TYPES_H_
-#define JAX_KVCACHE_FFI_SIMD_TYPES_H_
+// A kernel is compiled once per instruction set. Everything here is in the unnamed namespace, so
+// that the linker cannot replace one instruction set's function by another's of the same name.
+// Arithmetic uses the compilers' vector extension, and intrinsics where that extension has no
+// operation. Nothing here multiplies and adds with a single rounding.
+#ifndef JAX_KVCACHE_FFI_CPU_SIMD_TYPES_H_
+#define JAX_KVCACHE_FFI_CPU_SIMD_TYPES_H_
 
 #include <cstdint>
 #include <cstring>
@@ -25,7 +26,7 @@ struct BFloat {
   uint16_t bits;
 };
 
-// The widest vector of this instruction set; kLanes, 4 and 1 are the widths in use.
+// The float32 lanes of this instruction set's widest vector. Kernels use kLanes, 4 and 1 lanes.
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;
 #elif defined(__AVX2__)
@@ -49,6 +50,8 @@ using Shorts = typename VectorOf<uint16_t, N>::type;
 template <int N>
 using Bytes = typename VectorOf<int8_t, N>::type;
 
+// A build may define this differently: inlined everywhere and with sanitizers, a kernel takes
+// minutes to compile.
 #ifndef JAX_KVCACHE_INLINE
 #define JAX_KVCACHE_INLINE inline __attribute__((always_inline))
 #endif
@@ -77,4 +80,4 @@ JAX_KVCACHE_INLINE UInts<N> Select(UInts<N> mask, UInts<N> a, UInts<N> b) {
 }  // namespace
 }  // namespace jax_kvcache
 
-#endif  // JAX_KVCACHE_FFI_SIMD_TYPES_H_
+#endif  // JAX_KVCACHE_FFI_CPU_SIMD_TYPES_H_

@@ -1,99 +1,43 @@
-// Owns the stand-in's arithmetic: dequantise, rotate, quantise, write, one scalar at a time.
-#include "arithmetic.h"
+// Owns the scalar rendering of dequant_rope_quant_kvcache: dequantise, rotate, quantise, write.
+#include "dequant_rope_quant_kvcache.h"
 
 #include <cmath>
-#include <cstring>
+#include <vector>
 
-#include "device.h"
-#include "ledger.h"
+#include "narrow_floats.h"
 
 namespace standin {
 namespace {
 
-float FromBits(uint32_t bits) {
-  float value;
-  memcpy(&value, &bits, sizeof value);
-  return value;
-}
+int32_t Int(const Array& array, int64_t i) { return static_cast<const int32_t*>(array.data)[i]; }
 
-uint32_t ToBits(float value) {
-  uint32_t bits;
-  memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-
-float HalfToFloat(uint16_t half) {
-  const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16;
-  const int exponent = (half >> 10) & 0x1F;
-  const uint32_t fraction = half & 0x3FF;
-  if (exponent == 0x1F) return FromBits(sign | 0x7F800000 | fraction << 13);
-  if (exponent != 0)
-    return FromBits(sign | static_cast<uint32_t>(exponent + 112) << 23 | fraction << 13);
-  const float magnitude = static_cast<float>(fraction) * 0x1p-24F;
-  return sign != 0 ? -magnitude : magnitude;
-}
-
-// Keeps the upper bits of `value` after dropping `drop` bits, to nearest even.
-uint32_t RoundShift(uint32_t value, int drop) {
-  const uint32_t kept = value >> drop;
-  const uint32_t rest = value & ((1U << drop) - 1);
-  const uint32_t half = 1U << (drop - 1);
-  return kept + (rest > half || (rest == half && (kept & 1) != 0) ? 1 : 0);
-}
-
-uint16_t FloatToHalf(float value) {
-  const uint32_t bits = ToBits(value);
-  const uint32_t sign = bits >> 16 & 0x8000;
-  const uint32_t magnitude = bits & 0x7FFFFFFF;
-  if (magnitude > 0x7F800000) return static_cast<uint16_t>(sign | 0x7E00);
-  const int exponent = static_cast<int>(magnitude >> 23) - 112;  // in float16's bias
-  if (exponent >= 0x1F) return static_cast<uint16_t>(sign | 0x7C00);
-  if (exponent >= 1) {
-    // A carry out of the fraction runs into the exponent, as it should, up to infinity.
-    return static_cast<uint16_t>(sign | RoundShift(magnitude - (112U << 23), 13));
+float Float(const Array& array, int64_t i) {
+  switch (array.type) {
+    case Type::kInt32:
+      return static_cast<float>(Int(array, i));
+    case Type::kFloat16:
+      return HalfToFloat(static_cast<const uint16_t*>(array.data)[i]);
+    case Type::kBfloat16:
+      return BfloatToFloat(static_cast<const uint16_t*>(array.data)[i]);
+    case Type::kFloat32:
+      break;
   }
-  if (exponent < -10) return static_cast<uint16_t>(sign);  // below half the smallest subnormal
-  const uint32_t fraction = (magnitude & 0x7FFFFF) | 0x800000;
-  return static_cast<uint16_t>(sign | RoundShift(fraction, 14 - exponent));
+  return static_cast<const float*>(array.data)[i];
 }
 
-float RoundToHalf(float value) { return HalfToFloat(FloatToHalf(value)); }
-
-uint16_t FloatToBfloat(float value) {
-  const uint32_t bits = ToBits(value);
-  if ((bits & 0x7FFFFFFF) > 0x7F800000) return static_cast<uint16_t>(bits >> 16 | 0x40);
-  return static_cast<uint16_t>(RoundShift(bits, 16));
+void Store(const Array& array, int64_t i, float value) {
+  if (array.type == Type::kFloat16) {
+    static_cast<uint16_t*>(array.data)[i] = ToHalf(value);
+  } else if (array.type == Type::kBfloat16) {
+    static_cast<uint16_t*>(array.data)[i] = ToBfloat(value);
+  } else {
+    static_cast<float*>(array.data)[i] = value;
+  }
 }
 
-// The device's view of one operand.
-struct View {
-  explicit View(const aclTensor& tensor) : dtype(tensor.dtype), data(ToHost(tensor.data)) {}
-
-  float Float(int64_t i) const {
-    switch (dtype) {
-      case ACL_FLOAT16:
-        return HalfToFloat(static_cast<const uint16_t*>(data)[i]);
-      case ACL_BF16:
-        return FromBits(static_cast<uint32_t>(static_cast<const uint16_t*>(data)[i]) << 16);
-      case ACL_INT32:
-        return static_cast<float>(Int(i));
-      default:
-        return static_cast<const float*>(data)[i];
-    }
-  }
-  int32_t Int(int64_t i) const { return static_cast<const int32_t*>(data)[i]; }
-  void Store(int64_t i, float value) const {
-    static_cast<uint16_t*>(data)[i] =
-        dtype == ACL_FLOAT16 ? FloatToHalf(value) : FloatToBfloat(value);
-  }
-
-  int dtype;
-  void* data;
-};
-
-int8_t Code(float value, float scale, const View* offset, int64_t i) {
+int8_t Code(float value, float scale, const Array& offset, int64_t i) {
   float z = value / scale;
-  if (offset != nullptr) z += offset->Float(i);
+  if (offset.data != nullptr) z += Float(offset, i);
   if (std::isnan(z)) return 0;
   const float rounded = std::nearbyint(z);
   if (rounded > 127.0F) return 127;
@@ -103,101 +47,91 @@ int8_t Code(float value, float scale, const View* offset, int64_t i) {
 
 class Execution {
  public:
-  Execution(const Launched& call, float* row) : call_(call), row_(row) {}
+  Execution(const ScalarCall& call, float* row) : c_(call), row_(row) {}
 
   void Run() {
-    const int64_t tokens = Dim(kX, 0);
-    for (int64_t token = 0; token < tokens; ++token) {
-      if (At(kX).dtype == ACL_INT32) {
-        Dequantize(token);
-      } else {
-        for (int64_t c = 0; c < hidden_; ++c) row_[c] = At(kX).Float(token * hidden_ + c);
+    for (int64_t token = 0; token < c_.tokens; ++token) {
+      for (int64_t column = 0; column < fused_width_; ++column) {
+        row_[column] = Value(token, column);
       }
-      Token(token);
+      WriteToken(token);
     }
   }
 
  private:
-  View At(Operand i) const { return View(call_.tensors[i]); }
-  int64_t Dim(Operand i, size_t axis) const { return call_.tensors[i].dims[axis]; }
-  float Rounded(float value) const { return half_ ? RoundToHalf(value) : value; }
+  // x, dequantised if it is int32.
+  float Value(int64_t token, int64_t column) const {
+    const int64_t i = token * fused_width_ + column;
+    if (c_.x.type != Type::kInt32) return Float(c_.x, i);
+    const bool has_bias = c_.bias.data != nullptr;
+    const bool has_int32_bias = has_bias && c_.bias.type == Type::kInt32;
+    uint32_t sum = static_cast<uint32_t>(Int(c_.x, i));  // unsigned: it wraps
+    if (has_int32_bias) sum += static_cast<uint32_t>(Int(c_.bias, column));
+    float y = static_cast<float>(static_cast<int32_t>(sum));
+    y *= Float(c_.weight_scale, column);
+    if (c_.activation_scale.data != nullptr) y *= Float(c_.activation_scale, token);
+    if (has_bias && !has_int32_bias) y += Float(c_.bias, column);
+    return y;
+  }
 
-  void Dequantize(int64_t token) {
-    const View bias = At(kBias);
-    for (int64_t c = 0; c < hidden_; ++c) {
-      uint32_t sum = static_cast<uint32_t>(At(kX).Int(token * hidden_ + c));
-      const bool integer_bias = call_.given[kBias] && bias.dtype == ACL_INT32;
-      if (integer_bias) sum += static_cast<uint32_t>(bias.Int(c));
-      float y = static_cast<float>(static_cast<int32_t>(sum));
-      y *= At(kWeightScale).Float(c);
-      if (call_.given[kActivationScale]) y *= At(kActivationScale).Float(token);
-      if (call_.given[kBias] && !integer_bias) y += bias.Float(c);
-      row_[c] = y;
-    }
+  float Rounded(float value) const { return in_float16_ ? RoundToHalf(value) : value; }
+
+  // a * b + c * d, with every product and the sum rounded once.
+  float Rotated(float a, float b, float c, float d) const {
+    if (!in_float16_) return a * b + c * d;
+    return RoundToHalf(double{RoundToHalf(double{a} * b)} + double{RoundToHalf(double{c} * d)});
   }
 
   // Rotates head `head` of the row into out[D].
   void Rotate(int64_t token, int64_t head, float* out) const {
-    const View cos = At(kCos);
-    const View sin = At(kSin);
     const int64_t half = d_ / 2;
     for (int64_t j = 0; j < half; ++j) {
       const float low = Rounded(row_[head * d_ + j]);
       const float high = Rounded(row_[head * d_ + j + half]);
       const int64_t a = token * d_ + j;
       const int64_t b = a + half;
-      out[j] = Rounded(Rounded(high * -sin.Float(a)) + Rounded(low * cos.Float(a)));
-      out[j + half] = Rounded(Rounded(low * sin.Float(b)) + Rounded(high * cos.Float(b)));
+      out[j] = Rotated(high, -Float(c_.sin, a), low, Float(c_.cos, a));
+      out[j + half] = Rotated(low, Float(c_.sin, b), high, Float(c_.cos, b));
     }
   }
 
-  // Rotates, outputs and quantises one token.
-  void Token(int64_t token) {
-    const int32_t slot = At(kIndices).Int(token);
-    if (slot >= rows_) Ledger::Get().Fault("slot " + std::to_string(slot) + " is past the cache");
-    const bool write = slot >= 0 && slot < rows_;
-    std::vector<float> head(d_);
-    for (int64_t n = 0; n < num_q_; ++n) {
+  // Rotates the row's heads of q and k, and writes the results and the caches.
+  void WriteToken(int64_t token) const {
+    std::vector<float> head(static_cast<size_t>(d_));
+    for (int64_t n = 0; n < c_.num_q_heads; ++n) {
       Rotate(token, n, head.data());
-      for (int64_t j = 0; j < d_; ++j) At(kQOut).Store((token * num_q_ + n) * d_ + j, head[j]);
-    }
-    for (int64_t n = 0; n < num_kv_; ++n) {
-      Rotate(token, num_q_ + n, head.data());
-      const float* const v = row_ + (num_q_ + num_kv_ + n) * d_;
       for (int64_t j = 0; j < d_; ++j) {
-        const int64_t out = (token * num_kv_ + n) * d_ + j;
-        if (call_.kv_output) {
-          At(kKOut).Store(out, head[j]);
-          At(kVOut).Store(out, v[j]);
-        }
-        if (!write) continue;
-        const int64_t i = n * d_ + j;
-        const int64_t cell = slot * num_kv_ * d_ + i;
-        Write(kKCache, kScaleK, kOffsetK, head[j], i, cell);
-        Write(kVCache, kScaleV, kOffsetV, v[j], i, cell);
+        Store(c_.q, (token * c_.num_q_heads + n) * d_ + j, head[static_cast<size_t>(j)]);
       }
     }
+    for (int64_t n = 0; n < c_.num_kv_heads; ++n) {
+      Rotate(token, c_.num_q_heads + n, head.data());
+      const float* const v = row_ + (c_.num_q_heads + c_.num_kv_heads + n) * d_;
+      for (int64_t j = 0; j < d_; ++j)
+        WriteKv(token, n * d_ + j, head[static_cast<size_t>(j)], v[j]);
+    }
   }
 
-  void Write(Operand cache, Operand scale, Operand offset, float value, int64_t i, int64_t cell) {
-    const View offsets = At(offset);
-    const bool both = call_.given[kOffsetK] && call_.given[kOffsetV];
-    static_cast<int8_t*>(At(cache).data)[cell] =
-        Code(value, At(scale).Float(i), both ? &offsets : nullptr, i);
+  // Writes the values k and v of column `i` in [0, Nkv * D).
+  void WriteKv(int64_t token, int64_t i, float k, float v) const {
+    const int64_t row_size = c_.num_kv_heads * d_;
+    if (c_.k.data != nullptr) Store(c_.k, token * row_size + i, k);
+    if (c_.v.data != nullptr) Store(c_.v, token * row_size + i, v);
+    const int64_t slot = c_.slots[token];
+    if (slot < 0 || slot >= c_.rows) return;
+    c_.k_cache[slot * row_size + i] = Code(k, Float(c_.scale_k, i), c_.offset_k, i);
+    c_.v_cache[slot * row_size + i] = Code(v, Float(c_.scale_v, i), c_.offset_v, i);
   }
 
-  const Launched& call_;
+  const ScalarCall& c_;
   float* const row_;  // [H]
-  const int64_t hidden_ = Dim(kX, 1);
-  const int64_t num_kv_ = Dim(kKCache, 2);
-  const int64_t d_ = Dim(kKCache, 3);
-  const int64_t num_q_ = hidden_ / d_ - 2 * num_kv_;
-  const int64_t rows_ = Dim(kKCache, 0) * Dim(kKCache, 1);
-  const bool half_ = At(kCos).dtype == ACL_FLOAT16;
+  const int64_t d_ = c_.head_dim;
+  const int64_t fused_width_ = c_.fused_width();
+  const bool in_float16_ = c_.cos.type == Type::kFloat16;
 };
 
 }  // namespace
 
-void Execute(const Launched& call, float* row) { Execution(call, row).Run(); }
+void Execute(const ScalarCall& call, float* row) { Execution(call, row).Run(); }
 
 }  // namespace standin

@@ -1,21 +1,22 @@
-// Hostile calls: valid ones with one to three things made wrong. Each must be refused with a
-// message that names the operator and an argument, or run without touching memory that is not its
-// own, which the sanitizers watch.
+// Owns the test with hostile calls: valid ones with up to three things made wrong. Each must either
+// be refused with a message that names the operator and an argument, or run without an access to
+// memory outside its arrays, which the sanitizers detect.
+#include <cstring>
 #include <string>
 
-#include "../kernel.h"
-#include "../plan.h"
-#include "check.h"
-#include "random_call.h"
+#include "cpu/dequant_rope_quant_kvcache_kernel.h"
+#include "cpu/dequant_rope_quant_kvcache_plan.h"
+#include "tests/check.h"
+#include "tests/dequant_rope_quant_kvcache_random_call.h"
 
-namespace jax_kvcache {
+namespace jax_kvcache::dequant_rope_quant_kvcache {
 namespace {
 
 constexpr int64_t kHostileDims[] = {
     0, -1, 1, 2, 3, 5, 7, 1 << 20, 2147483647, 2147483648, 4294967297, INT64_MAX, INT64_MIN};
 constexpr int kMaxRank = 24;
 
-// Dimensions that the mutated views point to.
+// The dimensions of the changed arrays.
 struct HostileDims {
   int64_t dims[kNumArgs + kNumRets][kMaxRank];
 };
@@ -64,7 +65,7 @@ bool SameDims(const Tensor& a, const Tensor& b) {
   return true;
 }
 
-// Whether the memory behind every array is at least what its view says, so that it may be run.
+// Whether the call still describes the memory that it has, so that it may run.
 bool MayRun(const Call& call, const Call& original) {
   for (int i = 0; i < kNumArgs; ++i) {
     if (!SameDims(call.args[i], original.args[i])) return false;
@@ -96,7 +97,7 @@ int Main(int count) {
       Check(mutations > 0, "seed " + std::to_string(seed) + ": refused a valid call: " + error);
       continue;
     }
-    if (!MayRun(call, original)) continue;  // accepted, being another valid call
+    if (!MayRun(call, original)) continue;  // a valid call, but of other arrays than these
     ++ran;
     const Buffers buffers = ToBuffers(call, shape);
     const Plan plan = MakePlan(shape, buffers.slots, 1 + Below(random, 4));
@@ -105,11 +106,13 @@ int Main(int count) {
     for (int64_t i = 0; i < plan.count; ++i) kernel(shape, buffers, plan.At(shape, i));
   }
   std::printf("%d calls: %d refused, %d run\n", count, refused, ran);
-  Check(refused > count / 3 && ran > count / 10, "the fuzz reaches both ends");
+  Check(refused > count / 3 && ran > count / 10, "enough calls are refused, and enough run");
   return 0;
 }
 
 }  // namespace
-}  // namespace jax_kvcache
+}  // namespace jax_kvcache::dequant_rope_quant_kvcache
 
-int main(int argc, char** argv) { return jax_kvcache::Main(argc > 1 ? std::atoi(argv[1]) : 3000); }
+int main(int argc, char** argv) {
+  return jax_kvcache::dequant_rope_quant_kvcache::Main(argc > 1 ? std::atoi(argv[1]) : 3000);
+}

@@ -1,36 +1,38 @@
-// The split of a call: every token and head exactly once, duplicates never torn, threads as sized.
-#include "../plan.h"
+// Owns the test of how a call is divided: every token and head is in exactly one part, and tokens
+// that name the same row are in one part or divided by heads.
+#include "cpu/dequant_rope_quant_kvcache_plan.h"
 
 #include <numeric>
 #include <set>
 #include <string>
 #include <vector>
 
-#include "check.h"
+#include "cpu/threads.h"
+#include "tests/check.h"
 
-namespace jax_kvcache {
+namespace jax_kvcache::dequant_rope_quant_kvcache {
 namespace {
 
 Shape MakeShape(int64_t groups, int64_t tokens, int64_t heads) {
   Shape shape;
-  shape.group_rank = 1;
-  shape.group_dims[0] = groups;
-  shape.groups = groups;
+  shape.groups.rank = 1;
+  shape.groups.dims[0] = groups;
+  shape.groups.count = groups;
   shape.tokens = tokens;
   shape.rows = 1 << 20;
-  shape.num_q = heads;
-  shape.num_kv = 1;
+  shape.num_q_heads = heads;
+  shape.num_kv_heads = 1;
   shape.head_dim = 128;
-  shape.x = DType::kS32;
-  shape.table = DType::kBF16;
+  shape.x_dtype = DType::kS32;
+  shape.table_dtype = DType::kBF16;
   shape.kv_output = true;
   return shape;
 }
 
 void TestCover(const Shape& shape, const std::vector<int32_t>& slots, int64_t threads) {
   const Plan plan = MakePlan(shape, slots.data(), threads);
-  const int64_t tokens = shape.groups * shape.tokens;
-  const int64_t heads = shape.num_q + 2 * shape.num_kv;
+  const int64_t tokens = shape.all_tokens();
+  const int64_t heads = shape.num_heads();
   std::vector<int> seen(static_cast<size_t>(tokens * heads));
   for (int64_t i = 0; i < plan.count; ++i) {
     const Part part = plan.At(shape, i);
@@ -40,7 +42,7 @@ void TestCover(const Shape& shape, const std::vector<int32_t>& slots, int64_t th
         ++seen[static_cast<size_t>(t * heads + h)];
       }
     }
-    // A part by tokens of a group with duplicates would race with the group's other parts.
+    // Two parts of one group must not write the same row at the same time.
     if (plan.count == 1 || plan.by_heads) continue;
     const bool whole_groups = part.token_begin % shape.tokens == 0 &&
                               (part.token_end % shape.tokens == 0 || part.token_end == tokens);
@@ -53,7 +55,7 @@ void TestCover(const Shape& shape, const std::vector<int32_t>& slots, int64_t th
     }
   }
   for (const int count : seen) Check(count == 1, "each token and head once");
-  Check(plan.threads >= 1 && plan.threads <= std::max<int64_t>(threads, 1), "threads");
+  Check(plan.threads >= 1 && plan.threads <= std::max<int64_t>(threads, 1), "number of threads");
 }
 
 void TestDistinct() {
@@ -83,7 +85,7 @@ void TestDistinct() {
 void TestThreads() {
   Check(WorthThreads(1000, 8) == 1, "little work stays on the calling thread");
   Check(WorthThreads(int64_t{1} << 40, 8) == 8, "no more threads than there are");
-  Check(WorthThreads(int64_t{1} << 40, 0) == 1, "a pool that does not say");
+  Check(WorthThreads(int64_t{1} << 40, 0) == 1, "a pool that reports no threads");
   const Shape one = MakeShape(1, 1, 100000);
   const int32_t slot = 3;
   Check(MakePlan(one, &slot, 4).by_heads, "one wide token is split by heads");
@@ -97,7 +99,7 @@ int Main() {
   for (int trial = 0; trial < 300; ++trial) {
     const Shape shape = MakeShape(1 + Below(random, trial % 3 == 0 ? 400 : 4),
                                   1 + Below(random, 200), 1 + Below(random, 40));
-    std::vector<int32_t> slots(static_cast<size_t>(shape.groups * shape.tokens));
+    std::vector<int32_t> slots(static_cast<size_t>(shape.all_tokens()));
     std::iota(slots.begin(), slots.end(), 0);
     if (trial % 2 == 0) {
       for (int32_t& s : slots) s = static_cast<int32_t>(Below(random, shape.rows >> (trial % 20)));
@@ -109,6 +111,6 @@ int Main() {
 }
 
 }  // namespace
-}  // namespace jax_kvcache
+}  // namespace jax_kvcache::dequant_rope_quant_kvcache
 
-int main() { return jax_kvcache::Main(); }
+int main() { return jax_kvcache::dequant_rope_quant_kvcache::Main(); }

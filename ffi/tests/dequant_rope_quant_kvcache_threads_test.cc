@@ -1,4 +1,5 @@
-// Eight callers at once, each split over a pool that they share, as under XLA; for ThreadSanitizer.
+// Owns the test with eight callers at the same time, whose calls run on one pool, as under XLA. It
+// is meant for ThreadSanitizer.
 #include <condition_variable>
 #include <deque>
 #include <functional>
@@ -7,13 +8,13 @@
 #include <thread>
 #include <vector>
 
-#include "../kernel.h"
-#include "../parallel.h"
-#include "../plan.h"
-#include "check.h"
-#include "random_call.h"
+#include "core/parallel.h"
+#include "cpu/dequant_rope_quant_kvcache_kernel.h"
+#include "cpu/dequant_rope_quant_kvcache_plan.h"
+#include "tests/check.h"
+#include "tests/dequant_rope_quant_kvcache_random_call.h"
 
-namespace jax_kvcache {
+namespace jax_kvcache::dequant_rope_quant_kvcache {
 namespace {
 
 class Pool {
@@ -89,8 +90,8 @@ void Caller(Pool& pool, uint32_t first_seed, int rounds) {
     RandomCall parallel = serial;
     Run(pool, &serial, 1);
     Run(pool, &parallel, 4);
-    // Duplicates too: the last token wins, whatever the split.
-    CheckSame(parallel, serial, "seed " + std::to_string(seed));
+    // Also if several tokens name the same row: it then holds the last of them.
+    CheckSameResults(parallel, serial, "seed " + std::to_string(seed));
   }
 }
 
@@ -102,16 +103,18 @@ int Main(int rounds) {
   }
   for (std::thread& caller : callers) caller.join();
 
-  // A pool that never runs anything does not block the call.
+  // The call ends although the pool never runs a task.
   const auto dropped = [](auto) {};
   int64_t sum = 0;
   RunParts(10, 4, dropped, [&](int64_t i) { sum += i; });
-  Check(sum == 45, "a busy pool");
+  Check(sum == 45, "all parts, without help from the pool");
   std::printf("8 callers, %d rounds\n", rounds);
   return 0;
 }
 
 }  // namespace
-}  // namespace jax_kvcache
+}  // namespace jax_kvcache::dequant_rope_quant_kvcache
 
-int main(int argc, char** argv) { return jax_kvcache::Main(argc > 1 ? std::atoi(argv[1]) : 20); }
+int main(int argc, char** argv) {
+  return jax_kvcache::dequant_rope_quant_kvcache::Main(argc > 1 ? std::atoi(argv[1]) : 20);
+}
