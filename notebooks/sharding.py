@@ -1,12 +1,12 @@
 # %% [markdown]
 # # How does a call lie on several devices, and what moves between them?
 #
-# The operator follows the caches: it computes each row where the row is stored, so a cache never
-# moves. The batch (in page mode the blocks) and the kv heads may be split over devices, the
+# The operator follows the caches: a row is written on the device that stores it, and a cache never
+# moves. The batch (in page mode the blocks) and the kv heads may be split over devices; the
 # dimension D of a head may not. What does move depends on how the tokens and the projection's
-# columns lie beside the caches, and on which of JAX's three modes the program uses. This notebook
-# runs every layout of `layouts.json` on four CPU devices in all three modes, and reads from the
-# compiled programs how many bytes each device receives. The tests read the same table.
+# columns lie beside the caches, and on which of JAX's three modes the program uses: automatic,
+# explicit or manual (`jax.shard_map`). This notebook runs the layouts of `layouts.json` on four CPU
+# devices in these modes, and reads from the compiled programs how many bytes each device receives.
 
 # %%
 import functools
@@ -78,8 +78,8 @@ def expected(cache_mode, C1):
 #
 # `layouts.json` gives the mesh axes of each named dimension; from these follows the
 # `PartitionSpec` of every argument and result. The picture shows which of the devices 0 to 3 has
-# which part of `x` (tokens by columns) and of the caches (blocks by kv heads; for `block_rows` the
-# rows of a block by kv heads).
+# which part of `x` (from top to bottom the tokens, from left to right the columns) and of the caches
+# (the blocks, for `block_rows` the rows of a block, and the kv heads).
 
 
 # %%
@@ -162,10 +162,11 @@ def compiled_whole(layout, kind):
 # - Each device needs the q, k and v columns of its own heads. `interleave_qkv_for_tensor_parallel`
 #   puts the columns into that order, once, when the weights are loaded: in the projection's weight,
 #   in `weight_scale` and in `bias`. Here it is applied to `x` itself.
-# - Slots of a paged cache count through all blocks. `local_slots` gives this device's slots, with
-#   -1, which writes nothing, in place of slots of other devices.
+# - A slot of a paged cache is a row number counted through all blocks. `local_slots` turns it into
+#   the row number within this device's blocks, or into -1, which writes nothing, where the row is
+#   another device's.
 # - Where the tokens are split over the axis that splits the blocks, a device does not have the
-#   tokens that belong into its blocks: gather them first.
+#   tokens whose rows are in its blocks: gather them first.
 
 # %%
 COLUMNS = ("x", "weight_scale", "bias")
@@ -259,8 +260,7 @@ def checked(layout, compiled, call, result):
     return received(compiled)
 
 
-print("bytes that each of the 2 x 2 devices receives in one call")
-print(f"{'layout':20} {'automatic':>10} {'explicit':>10} {'shard_map':>10}")
+lines = [f"{'layout':20} {'automatic':>10} {'explicit':>10} {'shard_map':>10}"]
 for name, layout in LAYOUTS.items():
     moved = {}
     for kind, mode in ((AxisType.Auto, "automatic"), (AxisType.Explicit, "explicit")):
@@ -274,19 +274,20 @@ for name, layout in LAYOUTS.items():
         compiled, (caches, others) = manual
         moved["shard_map"] = checked(layout, compiled, caches, compiled(caches, others))
         assert (moved["shard_map"] > 0) == ("all_gather" in layout["shard_map"])
-    print(f"{name:20} {moved['automatic']:>10} {moved['explicit']:>10} {moved['shard_map']:>10}")
+    lines.append(f"{name:20} " + " ".join(f"{size:>10}" for size in moved.values()))
+print("bytes that each of the 2 x 2 devices receives in one call", *lines, sep="\n")
 
 # %% [markdown]
-# Reading the table:
+# The dash stands for layouts that need more than these three steps under `jax.shard_map`. In words:
 #
-# - Shard the caches and the tokens alike (`batch_heads`), or let every device have all tokens
-#   (`heads`, `blocks_heads`), and nothing moves in any mode.
+# - Nothing moves in any mode if every device has all tokens (`heads`, `blocks_heads`), or if each
+#   sequence's tokens are on the devices that have its cache (`batch_heads`).
 # - If the projection's columns are split, automatic and explicit mode gather `x`, because the plain
 #   order [q | k | v] is not split into whole heads of q, k and v. Interleaved columns under
 #   `jax.shard_map` avoid that.
-# - If tokens and blocks are split over the same axis, a row may belong anywhere. Automatic and
-#   explicit mode then send int8 rows and slots, which are smaller than the int32 `x` that a program
-#   under `jax.shard_map` gathers.
+# - If a token's row may be stored on a device that does not have the token (the last three),
+#   automatic and explicit mode send int8 rows and slots to every device. They are smaller than the
+#   int32 `x` that a program under `jax.shard_map` gathers.
 #
 # A layered `KVCache` that is sharded over B behaves like `more_blocks` in automatic and explicit
 # mode, because its layers come before B: the int8 rows travel. Under `jax.shard_map` nothing does.
