@@ -78,8 +78,8 @@ def expected(cache_mode, C1):
 #
 # `layouts.json` gives the mesh axes of each named dimension; from these follows the
 # `PartitionSpec` of every argument and result. The picture shows which of the devices 0 to 3 has
-# which part of `x` (from top to bottom the tokens, from left to right the columns) and of the caches
-# (the blocks, for `block_rows` the rows of a block, and the kv heads).
+# which part of `x` (tokens from top to bottom, columns from left to right) and of the caches (from
+# top to bottom the blocks, for `block_rows` the rows of a block; from left to right the kv heads).
 
 
 # %%
