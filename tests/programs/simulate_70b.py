@@ -13,13 +13,12 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-import hlo
 import jax
 import jax.numpy as jnp
-import layouts
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from support import hlo, layouts
 
 from jax_kvcache import dequant_rope_quant_kvcache
 
