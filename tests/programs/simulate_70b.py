@@ -98,7 +98,7 @@ def simulate(name, implementation):
     return {
         "layout": name,
         "implementation": implementation,
-        "native call": text.count('custom_call_target="dequant_rope_quant_kvcache"'),
+        "native call": hlo.native_calls(text),
         "cache bytes per layer and device": cache_bytes,
         "cache bytes per device": cache_bytes * LAYERS,
         "temporary bytes": memory.temp_size_in_bytes,

@@ -1,7 +1,8 @@
-"""Plain calls of given sizes: zeros and ones for tests that look at structure, not values."""
+"""Calls of the operator of given sizes: shapes alone, ones, or random numbers."""
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def arguments(
@@ -32,3 +33,19 @@ def arguments(
 
 def ones(**sizes):
     return arguments(make=lambda shape, dtype: jnp.ones(shape, dtype), **sizes)
+
+
+def drawn(seed, **sizes):
+    """NumPy arrays: codes of any value, small scales, and indices in and around the cache."""
+    rng = np.random.default_rng(seed)
+
+    def make(shape, dtype):
+        if dtype == jnp.int8:
+            return rng.integers(-128, 128, shape, np.int8)
+        if dtype == jnp.int32:
+            return rng.integers(-100, 100, shape).astype(np.int32)
+        if dtype == jnp.float32:
+            return rng.uniform(0.01, 0.02, shape).astype(np.float32)
+        return rng.normal(size=shape).astype(dtype)
+
+    return arguments(make=make, **sizes)

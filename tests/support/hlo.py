@@ -22,3 +22,8 @@ def assert_in_place(compiled, cache_elements, caches=2):
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= caches * cache_elements
     assert cache_copies(compiled.as_text(), cache_elements) == []
+
+
+def native_calls(text):
+    """How many calls of the operator's native target there are."""
+    return text.count('custom_call_target="dequant_rope_quant_kvcache"')
