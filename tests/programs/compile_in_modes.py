@@ -4,9 +4,6 @@ import functools
 import json
 import sys
 from collections import Counter
-from pathlib import Path
-
-sys.path.append(str(Path(__file__).parents[1]))
 
 import jax
 from jax.sharding import AxisType

@@ -8,10 +8,6 @@ else, and the collectives, each with the bytes that a device holds as its result
 
 import json
 import re
-import sys
-from pathlib import Path
-
-sys.path.append(str(Path(__file__).parents[1]))
 
 import jax
 import jax.numpy as jnp

@@ -157,9 +157,13 @@ def listed():
         yield f"subnormals-{np.dtype(dtype).name}", make(subnormals, dtype)
     for mode, optionals in itertools.product(vmap_calls.MODES, vmap_calls.OPTIONALS):
         # Many combinations in one test, because they share compiled shapes and expected results
-        yield f"vmap-{mode}-{optionals}", [
-            make(vmap_calls.combination, seed, mode, optionals) for seed in range(NUM_COMBINATIONS)
-        ]
+        yield (
+            f"vmap-{mode}-{optionals}",
+            [
+                make(vmap_calls.combination, seed, mode, optionals)
+                for seed in range(NUM_COMBINATIONS)
+            ],
+        )
 
 
 def as_list(makers):

@@ -3,6 +3,8 @@
 import math
 import re
 
+NATIVE_CALL = "@dequant_rope_quant_kvcache("  # in StableHLO
+
 # Instructions that hand on a buffer or write into it, against those that make another one.
 _COPIES = re.compile(r"= s8\[([\d,]+)\][^ ]* (copy|copy-start|transpose|broadcast|concatenate)\(")
 

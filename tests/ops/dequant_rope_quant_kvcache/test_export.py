@@ -1,10 +1,6 @@
 """Exported, symbolic and ahead-of-time compiled calls, each run in a fresh process."""
 
-import os
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,11 +8,11 @@ import pytest
 from jax.experimental import serialize_executable
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from support import oracle
+from support import oracle, process
+from support.results import assert_results
 
 from jax_kvcache import dequant_rope_quant_kvcache
 
-PROGRAM = Path(__file__).parents[2] / "programs" / "run_artifacts.py"
 TARGET = jax.export.DisabledSafetyCheck.custom_call("dequant_rope_quant_kvcache")
 Nq, Nkv, D = 2, 2, 64
 H = (Nq + 2 * Nkv) * D
@@ -139,12 +135,7 @@ def run_in_fresh_process(folder):
         artifact = exported(*over_devices(jax.make_mesh((2,), ("dp",), (kind,)), call), ("cpu",))
         save(name, "export", artifact.serialize(), [call])
 
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, PROGRAM, folder],
-        env=environment, capture_output=True, text=True, check=False, timeout=200,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    process.run(process.PROGRAMS / "run_artifacts.py", folder)
 
 
 CALLS = [(name, i) for name in EXPORTS for i in range(2)]
@@ -161,8 +152,7 @@ def test_fresh_process(tmp_path):
             cache_mode="page" if page else "contiguous",
         )  # fmt: skip
         with np.load(tmp_path / f"{name}.{i}.npz") as z:
-            for actual, expect in zip(z.values(), want, strict=True):
-                oracle.assert_same_bits(actual, expect, f"{name}, call {i}")
+            assert_results(z.values(), want, f"{name}, call {i}")
 
 
 @pytest.mark.parametrize("platforms", [ASCEND, ("cpu", *ASCEND)], ids=str)

@@ -1,29 +1,22 @@
 """The same bits under JAX's modes: x64, strict promotion, rank checks, no jit, meshes."""
 
-import functools
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from support import golden_calls, oracle
+from support import cases, golden_calls, process
 
 from jax_kvcache import dequant_rope_quant_kvcache
 
 CALLS = ["g02_i32_bf16_contiguous_all", "g07_i32_f16_page_biasi32", "g15_2d_f16_contiguous"]
 
 
-def check(name, wrap=lambda f: f, implementation=None):
-    call = golden_calls.load(name)
-    inputs = jax.tree.map(jnp.asarray, call.inputs)
-    function = functools.partial(
-        dequant_rope_quant_kvcache, **call.options, implementation=implementation
-    )
-    for key, actual in zip(golden_calls.RESULTS, wrap(function)(**inputs), strict=True):
-        oracle.assert_same_bits(actual, call.expected[key], f"{name}: {key}")
+def check(name, implementation, transform=lambda f: f):
+    def on_jax_arrays(operator):
+        return lambda **arrays: transform(operator)(**jax.tree.map(jnp.asarray, arrays))
+
+    cases.golden(name)._replace(transform=on_jax_arrays).run(implementation)
 
 
 MODES = {
@@ -40,9 +33,9 @@ MODES = {
 @pytest.mark.parametrize("mode", MODES)
 def test_mode(mode, name, implementation):
     with MODES[mode]():
-        check(name, implementation=implementation)
+        check(name, implementation)
         if mode != "no_jit":
-            check(name, jax.jit, implementation)
+            check(name, implementation, jax.jit)
 
 
 @pytest.mark.parametrize("implementation", ["xla", "ffi"])
@@ -52,8 +45,8 @@ def test_mesh(name, explicit, implementation):
     kind = jax.sharding.AxisType.Explicit if explicit else jax.sharding.AxisType.Auto
     mesh = jax.make_mesh((1,), ("b",), (kind,))
     with jax.set_mesh(mesh):
-        check(name, implementation=implementation)
-        check(name, jax.jit, implementation)
+        check(name, implementation)
+        check(name, implementation, jax.jit)
 
 
 @pytest.mark.parametrize("implementation", ["xla", "ffi"])
@@ -69,7 +62,7 @@ def test_shard_map(name, under_jit, implementation):
         )
         return (jax.jit if under_jit else lambda f: f)(lambda **inputs: sharded(inputs))
 
-    check(name, wrap, implementation)
+    check(name, implementation, wrap)
 
 
 def test_differentiation_says_what_the_operator_is_for():
@@ -99,5 +92,4 @@ def test_stopped_gradients_pass():
 def test_no_backend_starts_at_import():
     code = "import jax_kvcache; from jax.extend import backend as b; import jax; "
     code += "jax.config.update('jax_platforms', 'none'); print('imported')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stdout == "imported\n", done.stderr
+    assert process.run("-c", code) == "imported\n"

@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 from jax import lax
 from support import hlo, oracle
+from support.internals import Operands, primitive
+from support.results import assert_results
 
 from jax_kvcache import dequant_rope_quant_kvcache
-from jax_kvcache._primitive import dequant_rope_quant_kvcache_canonical
-from jax_kvcache._reference import Operands
 
 B, Nq, Nkv, D, C2, STEPS, L = 2, 2, 1, 16, 4096, 3, 3
 H = (Nq + 2 * Nkv) * D
 MODES = {"contiguous": B, "page": 3}  # mode: C1
+NAMES = ("q", "k_cache", "v_cache")  # what every loop returns
 
 
 @functools.cache
@@ -126,8 +127,7 @@ def test_loop(loop, cache_mode, implementation):
     compiled = run.lower(caches, steps, params).compile()
     hlo.assert_in_place(compiled, caches[0].size)
     results = compiled(jax.tree.map(jnp.asarray, caches), steps, params)
-    for actual, want in zip(results, expected(cache_mode), strict=True):
-        oracle.assert_same_bits(actual, want)
+    assert_results(results, expected(cache_mode), names=NAMES)
 
 
 @pytest.mark.parametrize("implementation", ["xla", "ffi"])
@@ -142,7 +142,7 @@ def test_scan_over_layers(implementation):
         number, step = inputs
         slots = step["indices"]
         valid = (slots >= 0) & (slots < capacity)
-        q, _, _, *caches = dequant_rope_quant_kvcache_canonical(
+        q, _, _, *caches = primitive.dequant_rope_quant_kvcache_canonical(
             Operands(
                 step["x"], step["cos"], step["sin"], *caches,
                 jnp.where(valid, slots + number * capacity, -1),
@@ -169,7 +169,5 @@ def test_scan_over_layers(implementation):
         want = oracle.dequant_rope_quant_kvcache(
             **step, **params, k_cache=before[0][i], v_cache=before[1][i], cache_mode="page"
         )
-        for actual, expect in zip(
-            (q[i], after[0][i], after[1][i]), want[:1] + want[3:], strict=True
-        ):
-            oracle.assert_same_bits(actual, expect)
+        actual = (q[i], after[0][i], after[1][i])
+        assert_results(actual, want[:1] + want[3:], f"layer {i}", NAMES)

@@ -1,35 +1,30 @@
 """What compiling costs: one lowering however often a call is made, none where the cache has it."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from support import calls
+from support import calls, process
+from support.internals import primitive
 
-from jax_kvcache import KVCache, _primitive, dequant_rope_quant_kvcache
+from jax_kvcache import KVCache, dequant_rope_quant_kvcache
 from jax_kvcache.model import forward, load_model
-
-PROGRAM = Path(__file__).parents[2] / "programs" / "compile_in_modes.py"
 
 
 @pytest.fixture
 def lowerings(monkeypatch):
     """Each call of the rule that lowers the primitive, whichever mode it is in."""
     made = []
-    partitioned = _primitive.partitioned
+    partitioned = primitive.partitioned
 
     def counted(ctx, *arguments):
         made.append(ctx.avals_in[0].shape)
         return partitioned(ctx, *arguments)
 
-    monkeypatch.setattr(_primitive, "partitioned", counted)
+    monkeypatch.setattr(primitive, "partitioned", counted)
     return made
 
 
@@ -68,13 +63,7 @@ def test_compilation_cache_hits(tmp_path):
     """The second process compiles nothing, and no two options share an entry."""
 
     def run():
-        done = subprocess.run(
-            [sys.executable, PROGRAM, tmp_path],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-            capture_output=True, text=True, check=False, timeout=200,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
+        return json.loads(process.run(process.PROGRAMS / "compile_in_modes.py", tmp_path))
 
     first, second = run(), run()
     assert list(first.values()) == [[0, 1]] * 5, first

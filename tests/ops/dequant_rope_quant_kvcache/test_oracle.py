@@ -14,9 +14,7 @@ def test_there_are_25_golden_calls():
 def test_golden(name):
     call = golden_calls.load(name)
     options = {k: call.options[k] for k in ("cache_mode", "kv_output")}
-    assert_results(
-        oracle.dequant_rope_quant_kvcache(**call.inputs, **options), call.expected, name
-    )
+    assert_results(oracle.dequant_rope_quant_kvcache(**call.inputs, **options), call.expected, name)
 
 
 EDGES = [name for name in conformance.CASES if name.startswith(("edges", "skipped_nan"))]

@@ -7,8 +7,8 @@ turned into a multiplication, so each test fails without its guard in the refere
 import jax
 import numpy as np
 from support import oracle
-
-from jax_kvcache import _reference
+from support.internals import reference
+from support.results import assert_same_bits
 
 F32 = np.float32
 
@@ -18,7 +18,7 @@ def test_rope_float32_products_are_not_fused():
     x = rng.standard_normal((64, 8, 128)).astype(F32)
     cos, sin = rng.standard_normal((2, 64, 128)).astype(F32)
     expected = np.stack([oracle.rotate(*token) for token in zip(x, cos, sin, strict=True)])
-    oracle.assert_same_bits(jax.jit(_reference.apply_rope)(x, cos, sin), expected)
+    assert_same_bits(jax.jit(reference.apply_rope)(x, cos, sin), expected)
 
 
 def test_dequantize_products_are_not_reassociated_or_fused():
@@ -27,8 +27,8 @@ def test_dequantize_products_are_not_reassociated_or_fused():
     weight_scale, bias = rng.uniform(1e-9, 1e-8, (2, 512)).astype(F32)
     activation_scale = rng.uniform(0.5, 2, 64).astype(F32)
     expected = x.astype(F32) * weight_scale * activation_scale[:, None] + bias
-    actual = jax.jit(_reference.dequantize)(x, weight_scale, activation_scale, bias)
-    oracle.assert_same_bits(actual, expected)
+    actual = jax.jit(reference.dequantize)(x, weight_scale, activation_scale, bias)
+    assert_same_bits(actual, expected)
 
 
 def test_quotients_are_divided():
@@ -40,8 +40,8 @@ def test_quotients_are_divided():
     expected = oracle.quantize(value, scale, None)
     assert np.any(np.rint(value * (1 / scale)) != np.rint(value / scale))
     np.testing.assert_array_equal(
-        jax.jit(_reference.quantize_int8, static_argnums=2)(value, scale, None), expected
+        jax.jit(reference.quantize_int8, static_argnums=2)(value, scale, None), expected
     )
     np.testing.assert_array_equal(
-        jax.jit(lambda v: _reference.quantize_int8(v, scale, None))(value), expected
+        jax.jit(lambda v: reference.quantize_int8(v, scale, None))(value), expected
     )
