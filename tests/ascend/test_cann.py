@@ -5,17 +5,16 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
-
-from jax_kvcache import _ffi
+from support import process
+from support.internals import library
 
 FFI = Path(__file__).parents[2] / "ffi"
 HEADERS = FFI / "standin" / "include"  # written from CANN's documentation
-LIBRARY = _ffi.library_path()
+LIBRARY = library.library_path()
 CXX = os.environ.get("CXX") or shutil.which("g++") or "g++"
 
 OPERATOR = ("aclnnDequantRopeQuantKvcacheGetWorkspaceSize", "aclnnDequantRopeQuantKvcache")
@@ -146,15 +145,9 @@ def search(**environment):
         assert len(set(texts)) == 1, texts
         print(*texts[0], sep="\\n")
     """
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("ASCEND", "LD_LIBRARY"))}
-    done = subprocess.run(
-        [sys.executable, "-S", "-c", textwrap.dedent(code)],
-        env=clean | environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    bound, text = done.stdout.strip().split("\n", 1)
+    unset = {name: None for name in os.environ if name.startswith(("ASCEND", "LD_LIBRARY"))}
+    written = process.run("-S", "-c", textwrap.dedent(code), **unset | environment)
+    bound, text = written.strip().split("\n", 1)
     return bound == "1", text
 
 

@@ -5,9 +5,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
-from support import calls
+from support import calls, hlo
+from support.internals import ascend, compat
 
-from jax_kvcache import _ascend, _compat, dequant_rope_quant_kvcache
+from jax_kvcache import dequant_rope_quant_kvcache
 
 PLATFORMS = [("ascend",), ("ASCEND",), ("cpu", "ascend", "ASCEND")]
 
@@ -21,7 +22,7 @@ def step(**options):
 def test_the_module_has_the_call(platforms):
     traced = step(kv_output=True).trace(**calls.arguments())
     text = traced.lower(lowering_platforms=platforms).as_text()
-    lines = [line for line in text.splitlines() if "@dequant_rope_quant_kvcache(" in line]
+    lines = [line for line in text.splitlines() if hlo.NATIVE_CALL in line]
     assert len(lines) == len(platforms)
     for line in lines:
         assert "mhlo.backend_config = {kv_output = true}" in line
@@ -44,7 +45,7 @@ def test_a_refused_call_takes_xla_and_says_so():
     traced = step().trace(**calls.arguments(Nq=32, Nkv=8, D=128))
     with pytest.warns(UserWarning, match="on ascend: the operator takes H <= 4096, got H = 6144"):
         text = traced.lower(lowering_platforms=("ascend",)).as_text()
-    assert "@dequant_rope_quant_kvcache(" not in text
+    assert hlo.NATIVE_CALL not in text
     traced = step(implementation="ffi").trace(**calls.arguments(Nq=32, Nkv=8, D=128))
     with pytest.raises(NotImplementedError, match="tensor parallelism over 2 devices fits"):
         traced.lower(lowering_platforms=("ascend",))
@@ -57,16 +58,16 @@ def test_export(platforms):
     artifact = exported(**calls.arguments())
     again = jax.export.deserialize(artifact.serialize())
     assert again.platforms == platforms
-    assert "@dequant_rope_quant_kvcache(" in again.mlir_module()
+    assert hlo.NATIVE_CALL in again.mlir_module()
 
 
 def test_donation_reaches_ascend():
     """Without the shim JAX ignores donation there, with a warning, and copies the caches."""
     traced = step().trace(**calls.arguments())
     assert "tf.aliasing_output" in traced.lower(lowering_platforms=("ascend",)).as_text()
-    known = _compat.mlir._platforms_with_donation
-    assert set(_ascend.PLATFORMS) <= set(known)
-    _compat.enable_donation(_ascend.PLATFORMS)
+    known = compat.mlir._platforms_with_donation
+    assert set(ascend.PLATFORMS) <= set(known)
+    compat.enable_donation(ascend.PLATFORMS)
     assert len(known) == len(set(known))
     with pytest.warns(UserWarning, match="Donation is not implemented"):
         traced.lower(lowering_platforms=("unknown",))
@@ -76,12 +77,12 @@ def test_x64():
     with jax.enable_x64(True):
         traced = step().trace(**calls.arguments())
         text = traced.lower(lowering_platforms=("ascend",)).as_text()
-    line = next(line for line in text.splitlines() if "@dequant_rope_quant_kvcache(" in line)
+    line = next(line for line in text.splitlines() if hlo.NATIVE_CALL in line)
     assert "i64>, tensor" not in line.split(") -> ")[0].split(" : (")[1]
 
 
 def test_no_plugin_here():
-    assert _ascend.plugin() is None
-    assert _ascend.unavailable() == "this process has no Ascend PJRT plugin"
-    assert _ascend.routes()["PJRT FFI extension"].startswith("no Ascend")
+    assert ascend.plugin() is None
+    assert ascend.unavailable() == "this process has no Ascend PJRT plugin"
+    assert ascend.routes()["PJRT FFI extension"].startswith("no Ascend")
     assert jnp.zeros(1).devices().pop().platform == "cpu"

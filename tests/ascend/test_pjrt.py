@@ -4,8 +4,7 @@ import ctypes
 
 import jax
 import pytest
-
-from jax_kvcache import _ascend, _ffi, _pjrt
+from support.internals import ascend, compat, library, pjrt
 
 FFI, OTHER = 5, 2  # extension types
 ERROR, MESSAGE = 77, b"Duplicate FFI handler registration"
@@ -16,29 +15,29 @@ class FakePlugin:
 
     def __init__(self, error=None, extension_type=FFI):
         self.registered, self.destroyed = [], []
-        fields = {name: field for struct in (_pjrt._Api, _pjrt._FfiExtension)
+        fields = {name: field for struct in (pjrt._Api, pjrt._FfiExtension)
                   for name, field in struct._fields_}  # fmt: skip
 
         def register(address):
-            args = _pjrt._RegisterArgs.from_address(address)
+            args = pjrt._RegisterArgs.from_address(address)
             name, platform = args.name[: args.name_size], args.platform[: args.platform_size]
             self.registered.append((args.struct_size, name, args.handler, platform, args.traits))
             return error
 
         def message(address):
-            args = _pjrt._ErrorArgs.from_address(address)
+            args = pjrt._ErrorArgs.from_address(address)
             assert (args.struct_size, args.error) == (40, ERROR)
             args.message = ctypes.cast(MESSAGE, ctypes.c_void_p).value
             args.message_size = len(MESSAGE)
 
         def destroy(address):
-            args = _pjrt._ErrorArgs.from_address(address)
+            args = pjrt._ErrorArgs.from_address(address)
             self.destroyed.append((args.struct_size, args.error))
 
-        self.ffi = _pjrt._FfiExtension(register_handler=fields["register_handler"](register))
+        self.ffi = pjrt._FfiExtension(register_handler=fields["register_handler"](register))
         self.ffi.base.type = extension_type
-        self.other = _pjrt._Extension(type=OTHER, next=ctypes.addressof(self.ffi))
-        self.api = _pjrt._Api(
+        self.other = pjrt._Extension(type=OTHER, next=ctypes.addressof(self.ffi))
+        self.api = pjrt._Api(
             extension_start=ctypes.addressof(self.other),
             error_message=fields["error_message"](message),
             error_destroy=fields["error_destroy"](destroy),
@@ -49,7 +48,7 @@ class FakePlugin:
         self.capsule = new(ctypes.addressof(self.api), b"pjrt_c_api", None)
 
     def take(self):
-        return _pjrt.register_handler(self.capsule, "name", 4321, "ASCEND")
+        return pjrt.register_handler(self.capsule, "name", 4321, "ASCEND")
 
 
 def test_registers():
@@ -73,20 +72,20 @@ def test_without_the_extension():
 @pytest.mark.parametrize("error", [None, ERROR], ids=["taken", "refused"])
 def test_when_jax_discovers_the_plugin(error, monkeypatch):
     plugin = FakePlugin(error=error)
-    monkeypatch.setattr(_ascend, "_through_pjrt", "not yet")
-    monkeypatch.setattr(_ascend._compat, "plugin_api", lambda name: plugin.capsule)
-    monkeypatch.setattr(_ascend._compat, "on_plugins_discovered", lambda f: f(plugin.capsule))
-    _ascend.register(_ffi._library, "name")
+    monkeypatch.setattr(ascend, "_through_pjrt", "not yet")
+    monkeypatch.setattr(compat, "plugin_api", lambda name: plugin.capsule)
+    monkeypatch.setattr(compat, "on_plugins_discovered", lambda f: f(plugin.capsule))
+    ascend.register(library._library, "name")
     assert {args[3] for args in plugin.registered} == {b"ascend", b"ASCEND"}
     wanted = None if error is None else MESSAGE.decode()
-    assert _ascend.routes()["PJRT FFI extension"] == wanted
+    assert ascend.routes()["PJRT FFI extension"] == wanted
 
 
 def test_a_hook_that_raises(monkeypatch):
     def hook(*args, **kwargs):
         raise RuntimeError("no room")
 
-    monkeypatch.setattr(_ascend, "_through_jax", None)
+    monkeypatch.setattr(ascend, "_through_jax", None)
     monkeypatch.setattr(jax.ffi, "register_ffi_target", hook)
-    _ascend.register(_ffi._library, "name")
-    assert _ascend.routes()["jax.ffi"] == "the plugin's hook raised RuntimeError: no room"
+    ascend.register(library._library, "name")
+    assert ascend.routes()["jax.ffi"] == "the plugin's hook raised RuntimeError: no room"

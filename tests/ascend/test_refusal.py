@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import calls
+from support.internals import Operands, ascend
 
-from jax_kvcache import _ascend, explain
-from jax_kvcache._reference import Operands
+from jax_kvcache import explain
 
 REFUSED = [  # sizes, and the reason
     ({"Nq": 32, "Nkv": 8, "D": 128}, r"H <= 4096, got H = 6144; .* over 2 devices fits \(H = 3072"),
@@ -45,7 +45,7 @@ def test_models(name):
     assert (f"parallelism over {devices} devices fits" in reason) == (devices > 1)
 
 
-@pytest.mark.parametrize("platform", _ascend.PLATFORMS)
+@pytest.mark.parametrize("platform", ascend.PLATFORMS)
 @pytest.mark.parametrize(("sizes", "reason"), REFUSED, ids=str)
 def test_refused(sizes, reason, platform):
     call = calls.arguments(**sizes)
@@ -79,32 +79,32 @@ def canonical(groups, parameter_groups, rows):
 
 
 def test_parameters_per_group():
-    assert _ascend.refusal(canonical((5, 2), (1, 1), (8,))) is None
-    reason = _ascend.refusal(canonical((5, 2), (1, 2), (8,)))
+    assert ascend.refusal(canonical((5, 2), (1, 1), (8,))) is None
+    reason = ascend.refusal(canonical((5, 2), (1, 2), (8,)))
     assert reason == "the operator takes one `scale_k`, got one for each group: (1, 2, 1, 64)"
 
 
 def test_too_many_rows_in_all():
-    assert _ascend.refusal(canonical((2,), (1,), (2**30 - 1,))) is None
-    reason = _ascend.refusal(canonical((2,), (1,), (2**30,)))
+    assert ascend.refusal(canonical((2,), (1,), (2**30 - 1,))) is None
+    reason = ascend.refusal(canonical((2,), (1,), (2**30,)))
     assert reason == "the operator's slots are int32, got 2147483648 rows in all groups"
 
 
 def test_flat_slots():
     slots = np.array([[0, 7, 8, -1], [0, 7, 2**31 - 1, -(2**31)]], np.int32)
-    flat = _ascend.flat_slots(jnp.asarray(slots), 8)
+    flat = ascend.flat_slots(jnp.asarray(slots), 8)
     np.testing.assert_array_equal(flat, [[0, 7, -1, -1], [8, 15, -1, -1]])
-    np.testing.assert_array_equal(_ascend.flat_slots(jnp.asarray(slots[0]), 8), [0, 7, -1, -1])
+    np.testing.assert_array_equal(ascend.flat_slots(jnp.asarray(slots[0]), 8), [0, 7, -1, -1])
 
 
 def test_flat_slots_up_to_the_last_row():
     rows = 2**30 - 1
-    flat = _ascend.flat_slots(jnp.asarray([[rows - 1, rows]] * 2, jnp.int32), rows)
+    flat = ascend.flat_slots(jnp.asarray([[rows - 1, rows]] * 2, jnp.int32), rows)
     np.testing.assert_array_equal(flat, [[rows - 1, -1], [2 * rows - 1, -1]])
 
 
 def test_flat_slots_past_what_int32_counts_write_nothing():
     """Only symbolic sizes come here unchecked."""
     rows = 2**30
-    flat = _ascend.flat_slots(jnp.asarray([[5], [5], [5], [5], [5]], jnp.int32), rows)
+    flat = ascend.flat_slots(jnp.asarray([[5], [5], [5], [5], [5]], jnp.int32), rows)
     np.testing.assert_array_equal(flat, [[5], [-1], [-1], [-1], [-1]])

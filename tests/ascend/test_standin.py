@@ -1,20 +1,19 @@
 """The stand-in device is never switched on by accident, and says what it needs."""
 
 import importlib.util
-import os
-import subprocess
-import sys
 
 import jax
 import pytest
+from support import process
+from support.internals import compat, standin_build
 
-from jax_kvcache import _compat, _standin, testing
+from jax_kvcache import testing
 
 
 @pytest.fixture
 def unstarted(monkeypatch):
     """As if JAX had not started."""
-    monkeypatch.setattr(_compat, "backends_are_initialized", lambda: False)
+    monkeypatch.setattr(compat, "backends_are_initialized", lambda: False)
 
 
 def test_jax_has_started():
@@ -30,7 +29,7 @@ def test_platforms_leave_it_out(unstarted, monkeypatch):
 
 
 def test_a_real_plugin_is_not_replaced(unstarted, monkeypatch):
-    monkeypatch.setattr(_compat, "plugin_api", lambda name: object())
+    monkeypatch.setattr(compat, "plugin_api", lambda name: object())
     with pytest.raises(RuntimeError, match="An Ascend plugin is installed: the stand-in does not"):
         testing.enable_ascend_standin()
 
@@ -43,10 +42,10 @@ def test_without_the_cpu_plugin(unstarted, monkeypatch):
 
 
 def test_without_a_compiler(monkeypatch):
-    monkeypatch.setattr(_standin.shutil, "which", lambda name: None)
+    monkeypatch.setattr(standin_build.shutil, "which", lambda name: None)
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(RuntimeError, match="compiled on first use: install g"):
-        _standin.compiler()
+        standin_build.compiler()
 
 
 @pytest.mark.parametrize(
@@ -64,7 +63,4 @@ def test_arguments(options, message):
 
 def test_importing_switches_nothing_on():
     code = "import jax, jax_kvcache.testing; print(jax.default_backend())"
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == "cpu"
+    assert process.run("-c", code) == "cpu\n"

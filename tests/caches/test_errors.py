@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from support import caches
 
-from jax_kvcache.cache import KVCache, PagedKVCache, slots_from_block_table
+from jax_kvcache import KVCache, PagedKVCache, slots_from_block_table
 
 Nkv, D, B, S = caches.Nkv, caches.D, caches.B, caches.S
 ONES = np.ones((Nkv, D), np.float32)

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from support import hlo
 
-from jax_kvcache.attention import decode_attention
-from jax_kvcache.cache import KVCache, PagedKVCache
+from jax_kvcache import KVCache, PagedKVCache, decode_attention
 
 B, Nq, Nkv, D, L = 4, 4, 2, 32, 3
 H = (Nq + 2 * Nkv) * D

@@ -10,7 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from support import caches
 
-from jax_kvcache.attention import decode_attention
+from jax_kvcache import decode_attention
 
 B = 4
 KINDS = [("contiguous", caches.L), ("paged", None)]

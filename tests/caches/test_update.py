@@ -25,6 +25,7 @@ from support.caches import (
     tokens,
 )  # fmt: skip
 from support.oracle import dequant_rope_quant_kvcache as oracle
+from support.results import assert_results
 
 from jax_kvcache import KVCache, slots_from_block_table
 
@@ -52,9 +53,7 @@ def expected_update(cache, call, indices, layer=None):
 
 def assert_equal(out, expected):
     q, cache = out
-    np.testing.assert_array_equal(q, expected[0])
-    np.testing.assert_array_equal(cache.k_cache, expected[1])
-    np.testing.assert_array_equal(cache.v_cache, expected[2])
+    assert_results((q, cache.k_cache, cache.v_cache), expected, names=("q", "k_cache", "v_cache"))
 
 
 @functools.partial(jax.jit, static_argnames="implementation")

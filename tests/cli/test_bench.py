@@ -5,8 +5,9 @@ import json
 import jax
 import numpy as np
 import pytest
+from support.internals import library
 
-from jax_kvcache import __main__, _ffi
+from jax_kvcache import __main__
 from jax_kvcache.cli import bench, bench_cases
 
 SMALL = bench_cases.Case(3, 1, 2, 1, 64, "contiguous", 3, 4)
@@ -32,7 +33,7 @@ def run(*arguments):
 def test_json(small, capsys):
     assert run("--json", "--rotate") == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["simd"] == _ffi.simd()
+    assert report["simd"] == library.simd()
     assert list(report["shapes"]) == ["small", "page", "vmap", "layers"]
     of_all, of_calls = {"ffi", "xla", "ffi_16x"}, {"obvious", "empty", "memcpy", "half_memcpy"}
     for name, shape in report["shapes"].items():
@@ -70,7 +71,7 @@ def test_unknown_shape(capsys):
 
 
 def test_without_the_library(monkeypatch, capsys):
-    monkeypatch.setattr(_ffi, "_missing", "it was left at home")
+    monkeypatch.setattr(library, "_missing", "it was left at home")
     assert run("--shape", "documented") == 2
     assert "nothing to measure: it was left at home." in capsys.readouterr().err
 
@@ -106,7 +107,7 @@ def test_the_obvious_code_does_the_same_work(name):
 
 def test_memcpy_copies():
     for name in (bench_cases.EMPTY, bench_cases.MEMCPY):
-        _ffi.register(name, name, "cpu")
+        library.register(name, name, "cpu")
     size = 200_000  # more than one part, and not a whole number of them
     source = np.arange(size, dtype=np.uint8)
     state = bench_cases.make_caches(SMALL), jax.numpy.zeros(size, np.uint8)

@@ -5,24 +5,20 @@ import inspect
 import json
 import pathlib
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-from support import numpy_model
+from support import numpy_model, process
 
 import jax_kvcache
 from jax_kvcache.__main__ import main
 
 
 def test_no_argument_is_help():
-    done = subprocess.run(
-        [sys.executable, "-m", "jax_kvcache"], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.startswith("usage: python -m jax_kvcache")
+    written = process.run("-m", "jax_kvcache")
+    assert written.startswith("usage: python -m jax_kvcache")
     for command in ("demo", "eval", "info"):
-        assert f"    {command} " in done.stdout
+        assert f"    {command} " in written
 
 
 def test_info(capsys):

@@ -11,6 +11,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from support import hlo, layouts, oracle
+from support.results import assert_results, assert_same_bits
 
 from jax_kvcache import dequant_rope_quant_kvcache, interleave_qkv_for_tensor_parallel
 
@@ -18,6 +19,7 @@ STEPS, V, B, Nq, Nkv, D, C2 = 2, 2, 2, 4, 2, 8, 4096
 H = (Nq + 2 * Nkv) * D
 CACHE = P("dp", None, None, "tp", None)  # V caches over dp, their heads over tp
 TOKENS = P(None, "dp")
+NAMES = ("q", "k_cache", "v_cache")  # what every loop returns
 
 
 @functools.cache
@@ -136,8 +138,7 @@ def run(function, mesh, columns, q_spec=None):
     shard = caches[0].sharding.shard_shape(caches[0].shape)
     hlo.assert_in_place(compiled, math.prod(shard))
     results = compiled(caches, steps, params)
-    for actual, want in zip(results, expected(), strict=True):
-        oracle.assert_same_bits(actual, want)
+    assert_results(results, expected(), names=NAMES)
     assert results[1].sharding.shard_shape(caches[0].shape) == shard
 
 
@@ -186,8 +187,8 @@ def test_vmap_of_shard_map():
             **{name: value[v] for name, value in step.items()}, **own_params(params, v),
             k_cache=inputs()[0][0][v], v_cache=inputs()[0][1][v],
         )  # fmt: skip
-        for actual, expect in zip((q, *caches), (want[0], *want[3:]), strict=True):
-            oracle.assert_same_bits(np.asarray(actual)[v], expect)
+        actual = [np.asarray(a)[v] for a in (q, *caches)]
+        assert_results(actual, (want[0], *want[3:]), f"example {v}", NAMES)
 
 
 def test_unmapped_cache_in_explicit_mode():
@@ -208,4 +209,4 @@ def test_unmapped_cache_in_explicit_mode():
             **{name: value[0, v] for name, value in steps.items()}, **own_params(params, 0),
             k_cache=caches[0][0], v_cache=caches[1][0],
         )  # fmt: skip
-        oracle.assert_same_bits(np.asarray(k_cache)[v], want[3])
+        assert_same_bits(np.asarray(k_cache)[v], want[3])

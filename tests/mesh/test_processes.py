@@ -2,21 +2,19 @@
 
 import contextlib
 import importlib.util
-import os
 import socket
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support import process
 
 from jax_kvcache.model import forward, load_model, new_cache
 
-PROGRAM = Path(__file__).parents[1] / "programs" / "decode_over_processes.py"
+PROGRAM = process.PROGRAMS / "decode_over_processes.py"
 LIMIT = 60  # seconds that a survivor may take: heartbeats are missed after 10
 
 
@@ -33,21 +31,22 @@ def processes(layout, folder, dying=None):
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     started = []
     try:
         for i in range(2):
-            command = [sys.executable, PROGRAM, f"localhost:{port}", "2", str(i), layout]
-            command += [folder / f"{i}.npz", *(["10"] if i == dying else [])]
+            result, dies_at = folder / f"{i}.npz", (["10"] if i == dying else [])
+            command = process.command(PROGRAM, f"localhost:{port}", 2, i, layout, result, *dies_at)
             with (folder / f"{i}.log").open("w") as log:
                 started.append(
-                    subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+                    subprocess.Popen(
+                        command, env=process.environment(), stdout=log, stderr=subprocess.STDOUT
+                    )
                 )
         yield started
     finally:
-        for process in started:
-            process.kill()
-            process.wait()
+        for one in started:
+            one.kill()
+            one.wait()
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +69,8 @@ def expected():
 @pytest.mark.parametrize("layout", ["heads", "batch"])
 def test_decoding(layout, tmp_path, expected):
     with processes(layout, tmp_path) as started:
-        for i, process in enumerate(started):
-            assert process.wait(timeout=200) == 0, (tmp_path / f"{i}.log").read_text()
+        for i, one in enumerate(started):
+            assert one.wait(timeout=200) == 0, (tmp_path / f"{i}.log").read_text()
     for i in range(2):
         with np.load(tmp_path / f"{i}.npz") as result:
             np.testing.assert_array_equal(result["texts"], expected)

@@ -1,25 +1,15 @@
 """A 70B-class model over 512 devices: what its cache update moves, in programs compiled for it."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
-PROGRAM = Path(__file__).parents[1] / "programs" / "simulate_70b.py"
-
+from support import process
 
 LAYOUTS = ("shard_map, interleaved columns", "automatic, plain columns", "explicit, plain columns")
 
 
 def test_update():
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, PROGRAM],
-        env=environment, capture_output=True, text=True, check=False, timeout=250,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    reports = [json.loads(line) for line in done.stdout.splitlines()]
+    written = process.run(process.PROGRAMS / "simulate_70b.py", timeout=250)
+    reports = [json.loads(line) for line in written.splitlines()]
     cases = [(report["layout"], report["implementation"]) for report in reports]
     assert cases == [(layout, name) for layout in LAYOUTS for name in ("ffi", "xla")]
     for report in reports:

@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.internals import calibrate_model
 
 from jax_kvcache import numerics
 from jax_kvcache.__main__ import main
 from jax_kvcache.model import load_model, new_cache
 from jax_kvcache.model.evaluate import cut_windows
-from jax_kvcache.numerics import demo_model
 
 TEXT = b"def f(x):\n    return [x, 1, None]\n\n\nclass A:\n    pass\n" * 20
 
@@ -28,9 +28,9 @@ def test_padding_is_left_out(model, windows):
     """The observers of padded windows are those of the bytes that were read, and no others."""
     tokens, targets = windows.tokens[0], windows.targets[0]
     assert 0 in targets  # a window that is padding altogether
-    kv = jax.jit(demo_model.keys_and_values)(model, tokens)
-    empty = {name: numerics.MinMax.create(demo_model.channels(model)) for name in "kv"}
-    seen = demo_model.observe_windows(model, empty, tokens, targets)
+    kv = jax.jit(calibrate_model.keys_and_values)(model, tokens)
+    empty = {name: numerics.MinMax.create(calibrate_model.channels(model)) for name in "kv"}
+    seen = calibrate_model.observe_windows(model, empty, tokens, targets)
     for name in "kv":
         values = np.asarray(kv[name])
         rows = [values[b, : t + 1] for b, t in enumerate(targets) if t]
@@ -41,12 +41,12 @@ def test_padding_is_left_out(model, windows):
 
 def test_predict(model, windows):
     tokens = windows.tokens[0]
-    baseline = demo_model.predict(model, tokens)
+    baseline = calibrate_model.predict(model, tokens)
     assert (baseline.divergence == 0).all()
     assert (baseline.agreement == 1).all()
-    own = demo_model.own_calibrations(model)
+    own = calibrate_model.own_calibrations(model)
     nll = {
-        name: demo_model.predict(model, tokens, baseline.logits, own, name)
+        name: calibrate_model.predict(model, tokens, baseline.logits, own, name)
         for name in ("int8 per channel", "int4 per channel")
     }
     fine, coarse = (p.divergence.mean() for p in nll.values())
@@ -66,9 +66,9 @@ def test_command(tmp_path, capsys, model, windows, asymmetric):
     assert all(" dB " in line for line in table[1:])
 
     calibrated = load_model(out)
-    assert new_cache(calibrated, 1).scale_k.shape == demo_model.channels(model)
-    empty = {name: numerics.MinMax.create(demo_model.channels(model)) for name in "kv"}
-    seen = demo_model.observe_windows(model, empty, windows.tokens[0], windows.targets[0])
+    assert new_cache(calibrated, 1).scale_k.shape == calibrate_model.channels(model)
+    empty = {name: numerics.MinMax.create(calibrate_model.channels(model)) for name in "kv"}
+    seen = calibrate_model.observe_windows(model, empty, windows.tokens[0], windows.targets[0])
     for name in "kv":
         scale = calibrated.cache_params[f"scale_{name}"]
         if asymmetric:
@@ -109,7 +109,7 @@ def test_command_needs_text(tmp_path, capsys):
 
 
 def test_nan_is_what_marks_padding(model):
-    kv = demo_model.keys_and_values(
+    kv = calibrate_model.keys_and_values(
         model, jnp.zeros((2, 8), jnp.int32), jnp.array([3, 0], jnp.int32)
     )
     read = np.isfinite(kv["k"]).all((2, 3, 4))

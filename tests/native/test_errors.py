@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import calls, native_calls
-
-from jax_kvcache._reference import Operands
+from support.internals import Operands
 
 # B = 2 groups, T = 3 tokens, Nq = 2, Nkv = 1, D = 8, 4 rows each, every optional present.
 SIZES = dict(B=2, S=3, Nq=2, Nkv=1, D=8, C1=2, C2=4)

@@ -1,11 +1,7 @@
 """Without a usable native library everything still works, once warned and with the reason."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from support import process
 
 REASONS = {
     "missing": "the native library cannot be loaded",
@@ -16,14 +12,8 @@ REASONS = {
 
 @pytest.mark.parametrize("how", REASONS)
 def test_broken_library(how):
-    tests = Path(__file__).parents[1]
-    done = subprocess.run(
-        [sys.executable, tests / "programs" / "broken_library.py", how],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tests), *sys.path])},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    lines = dict(line.split(": ", 1) for line in done.stdout.splitlines() if ": " in line)
+    written = process.run(process.PROGRAMS / "broken_library.py", how)
+    lines = dict(line.split(": ", 1) for line in written.splitlines() if ": " in line)
     reason = REASONS[how]
     assert lines["zeros"] == "[0.]"
     assert lines["ran"] == "(2, 1, 2, 16)"

@@ -1,46 +1,37 @@
 """Every instruction set of the native kernel, on one thread and on two, bit for bit."""
 
-import functools
 import os
 
-import jax
 import numpy as np
 import pytest
-from support import golden_calls, native_calls, oracle, process, random_calls, variants
+from support import cases, golden_calls, native_calls, oracle, process, random_calls, variants
+from support.internals import library
+from support.results import assert_results
 
-from jax_kvcache import _ffi, dequant_rope_quant_kvcache
-
-GOLDEN = [name for name in golden_calls.NAMES if name != golden_calls.REFUSED]
 NUM_FORMS, DRAWS_PER_FORM = 12, 4
 
 
 @pytest.fixture(autouse=True)
 def _restore_simd():
     yield
-    native_calls.LIBRARY.jax_kvcache_use_simd(native_calls.SIMD[-1].encode())
+    variants.use(native_calls.SIMD[-1])
 
 
-@pytest.mark.parametrize("name", GOLDEN)
+@pytest.mark.parametrize("name", golden_calls.ACCEPTED)
 def test_golden(name):
-    golden = golden_calls.load(name)
-    expected = [golden.expected[key] for key in golden_calls.RESULTS]
-    variants.check_every_variant(variants.operator(**golden.options), golden.inputs, expected, name)
+    variants.check_every_variant(cases.golden(name))
 
 
 @pytest.mark.parametrize("seed", range(1000, 1000 + NUM_FORMS))
 def test_random(seed):
-    rng = np.random.default_rng(seed)
-    form = random_calls.draw_form(rng)
-    function = variants.operator(**form.options)
-    for _ in range(DRAWS_PER_FORM):
-        inputs = random_calls.draw_inputs(rng, form)
-        expected = oracle.dequant_rope_quant_kvcache(**inputs, **form.options)
-        variants.check_every_variant(function, inputs, expected, str(form))
+    variants.check_every_variant(cases.random(seed, DRAWS_PER_FORM))
 
 
 def test_split_over_threads():
     """As many threads as this process has CPUs; CI has two."""
-    assert _ffi.worth_threads(1_400_000) == min(2, native_calls.THREADS) or native_calls.THREADS > 2
+    assert (
+        library.worth_threads(1_400_000) == min(2, native_calls.THREADS) or native_calls.THREADS > 2
+    )
     variants.check_large()
 
 
@@ -50,11 +41,8 @@ def test_results_in_huge_pages():
         1, 4096, 32, 1, 128, 1, 4096, np.float16, np.float16, "page", True, True, False, None
     )  # fmt: skip
     inputs = random_calls.draw_inputs(np.random.default_rng(3), form)
-    reference = functools.partial(dequant_rope_quant_kvcache, **form.options, implementation="xla")
-    for got, want in zip(
-        variants.operator(**form.options)(**inputs), jax.jit(reference)(**inputs), strict=True
-    ):
-        oracle.assert_same_bits(np.asarray(got), np.asarray(want), "huge pages")
+    native, reference = (cases.jitted(form.options, name)(**inputs) for name in ("ffi", "xla"))
+    assert_results(native, reference, "huge pages")
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no CPU affinity here")
@@ -65,13 +53,13 @@ def test_on_one_cpu():
 @pytest.mark.parametrize("simd", native_calls.SIMD)
 def test_duplicate_rows_are_never_torn(simd):
     """Two threads, every token to one of two rows: each row is one token's, the last."""
-    native_calls.LIBRARY.jax_kvcache_use_simd(simd.encode())
+    variants.use(simd)
     form = variants.LARGE["page"]
     rng = np.random.default_rng(2)
     inputs = random_calls.draw_inputs(rng, form)
     T = form.B * form.S
     inputs["indices"] = rng.integers(7, 9, T).astype(np.int32)
-    result = variants.operator(**form.options)(**inputs)
+    result = cases.jitted(form.options, "ffi")(**inputs)
     for row in (7, 8):
         last = int(np.flatnonzero(inputs["indices"] == row)[-1])
         alone = {**inputs, "indices": np.where(np.arange(T) == last, row, -1).astype(np.int32)}

@@ -1,6 +1,7 @@
 """A case: calls of the operator that share a form, each with the check of its results."""
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -12,6 +13,14 @@ from support.results import assert_results
 from jax_kvcache import dequant_rope_quant_kvcache
 
 Arrays = dict[str, Any]  # of a call, by the arguments' names
+
+
+def operator(options, implementation):
+    return functools.partial(dequant_rope_quant_kvcache, **options, implementation=implementation)
+
+
+def jitted(options, implementation):
+    return jax.jit(operator(options, implementation))
 
 
 class Case(NamedTuple):
@@ -28,16 +37,14 @@ class Case(NamedTuple):
     transform: Callable[[Callable], Callable] = jax.jit
 
     def function(self, implementation):
-        operator = functools.partial(
-            dequant_rope_quant_kvcache, **self.options, implementation=implementation
-        )
-        return self.transform(operator)
+        return self.transform(operator(self.options, implementation))
 
-    def run(self, implementation) -> int:
-        """Makes every call with an implementation, asserts on the results, and counts the calls."""
+    def run(self, implementation, most=None) -> int:
+        """Makes the calls, or at most so many, asserts on their results, and counts them."""
         function, count = self.function(implementation), 0
-        for count, (arrays, check) in enumerate(self.calls(), start=1):  # noqa: B007
+        for arrays, check in itertools.islice(self.calls(), most):
             check(function(**arrays))
+            count += 1
         return count
 
 

@@ -6,14 +6,9 @@ import os
 
 import jax
 import numpy as np
+from support.internals import Call, Operands, canonical_operands, library, primitive
 
-from jax_kvcache import _ffi
-from jax_kvcache._checks import Call
-from jax_kvcache._op import canonical_operands
-from jax_kvcache._primitive import native_operands
-from jax_kvcache._reference import Operands
-
-LIBRARY = ctypes.CDLL(str(_ffi.library_path()))
+LIBRARY = ctypes.CDLL(str(library.library_path()))
 LIBRARY.jax_kvcache_use_simd.restype = ctypes.c_bool
 SIMD = [
     name
@@ -35,13 +30,13 @@ def results_of(operands: Operands, kv_output: bool) -> list[jax.ShapeDtypeStruct
 
 def call(operands, results, *, aliases=None, **attributes):
     aliases = {3: 3, 4: 4} if aliases is None else aliases
-    target = jax.ffi.ffi_call(_ffi.TARGET, results, input_output_aliases=aliases)
+    target = jax.ffi.ffi_call(library.TARGET, results, input_output_aliases=aliases)
     return jax.jit(lambda *args: target(*args, **attributes))(*operands)
 
 
 def canonical(inputs: dict, **options) -> Operands:
     """The operands as the native target takes them."""
-    return native_operands(canonical_operands(Call(**inputs, **options))[0])
+    return primitive.native_operands(canonical_operands(Call(**inputs, **options))[0])
 
 
 def in_order(operands: Operands) -> list[np.ndarray]:

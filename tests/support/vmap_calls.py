@@ -27,7 +27,7 @@ class Mode(NamedTuple):
 
 
 MODES = {
-    "contiguous": Mode("contiguous", C1=B, indices=B, Nkv=1, D=4),
+    "contiguous": Mode("contiguous", C1=B, indices=B, Nkv=2, D=32),
     "more_blocks": Mode("contiguous", C1=B + 1, indices=B, Nkv=1, D=4),
     "page": Mode("page", C1=3, indices=B * S, Nkv=2, D=32),
 }

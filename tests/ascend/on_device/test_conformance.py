@@ -1,90 +1,93 @@
-"""The golden calls and random ones through the operator; what it refuses, through XLA, visibly."""
+"""The conformance suite on the device; what its operator refuses goes through XLA, visibly."""
 
-import functools
+import itertools
 import warnings
 
-import jax
-import numpy as np
 import pytest
-from support import golden_calls, oracle, random_calls
+from support import cases, conformance
+from support.internals import ascend
 
-from jax_kvcache import dequant_rope_quant_kvcache, explain
-
-NUM_FORMS, DRAWS_PER_FORM = 30, 10  # 300 calls
-NUM_REFUSED = 6
+from jax_kvcache import explain
 
 
-def jitted(options, implementation):
-    return jax.jit(
-        functools.partial(dequant_rope_quant_kvcache, **options, implementation=implementation)
-    )
+def is_taken(case):
+    """Whether the operator takes the case's calls; for vmap it depends on what is mapped."""
+    arrays, _ = next(case.calls())
+    return explain(**arrays, **case.options, platform=ascend.PLATFORMS[0]).implementation == "ffi"
 
 
-def check(result, expected, where):
-    for name, actual, wanted in zip(golden_calls.RESULTS, result, expected, strict=True):
-        if wanted is None:
-            assert actual is None
-        else:
-            oracle.assert_same_bits(actual, wanted, f"{where}: {name}")
+TAKEN, REFUSED = [], []
+for _name in conformance.CASES:
+    if not _name.startswith("vmap"):
+        (TAKEN if is_taken(conformance.CASES[_name][0]()) else REFUSED).append(_name)
+VMAPPED = [  # "more_blocks" has a head size that the operator refuses
+    name for name in conformance.CASES if name.startswith(("vmap-contiguous", "vmap-page"))
+]
+NUM_REFUSED = 6  # of those, so many run: XLA on the device is not what is tested here
+NUM_MORE_FORMS = 14  # with those of the suite that the operator takes: 30 forms
+WARNING = "runs its XLA implementation on (ascend|ASCEND): the "
 
 
-def explain_form(form, **options):
-    inputs = random_calls.draw_inputs(np.random.default_rng(0), form)
-    return inputs, explain(**inputs, **form.options, **options)
-
-
-@functools.cache
-def forms():
-    """Random forms that the operator takes, and some that it refuses."""
-    taken, refused = [], []
-    seed = 0
-    while len(taken) < NUM_FORMS:
-        form = random_calls.draw_form(np.random.default_rng(seed))
-        seed += 1
-        runs = explain_form(form)[1].implementation
-        (taken if runs == "ffi" else refused).append((seed, form))
-    return taken, refused[:NUM_REFUSED]
+def test_what_the_operator_takes():
+    for kind in ("golden", "edges", "skipped_nan", "promised", "duplicates"):
+        assert not [name for name in REFUSED if name.startswith(kind)]
+    assert len([name for name in TAKEN if name.startswith("random")]) == 30 - NUM_MORE_FORMS
+    assert {name for name in REFUSED if name.startswith("dtypes")} == {
+        name for name in conformance.CASES if name.startswith("dtypes") and "cos_float32" in name
+    }
 
 
 @pytest.mark.ascend_device
-@pytest.mark.parametrize("name", [n for n in golden_calls.NAMES if n != golden_calls.REFUSED])
-def test_golden(name, launches):
-    call = golden_calls.load(name)
-    result = jitted(call.options, "ffi")(**call.inputs)
-    check(result, [call.expected[key] for key in golden_calls.RESULTS], name)
-    assert launches() in (1, None)
+@pytest.mark.parametrize("name", TAKEN)
+def test_case(name, launches):
+    [make] = conformance.CASES[name]
+    count = make().run("ffi")
+    assert launches() in (count, None)
 
 
-@pytest.mark.ascend_device
-@pytest.mark.parametrize("number", range(NUM_FORMS))
-def test_random(number, launches):
-    seed, form = forms()[0][number]
-    function = jitted(form.options, "ffi")
-    rng = np.random.default_rng(seed)
-    for draw in range(DRAWS_PER_FORM):
-        inputs = random_calls.draw_inputs(rng, form)
-        expected = oracle.dequant_rope_quant_kvcache(**inputs, **form.options)
-        check(function(**inputs), expected, f"{form}, draw {draw}")
-    assert launches() in (DRAWS_PER_FORM, None)
-
-
-@pytest.mark.parametrize("number", range(NUM_REFUSED))
-def test_refused(number, standin):
-    _, form = forms()[1][number]
-    inputs, explanation = explain_form(form)
-    assert explanation.implementation == "xla"
-    with pytest.warns(UserWarning, match="runs its XLA implementation on (ascend|ASCEND): the "):
-        result = jitted(form.options, None)(**inputs)
-    check(result, oracle.dequant_rope_quant_kvcache(**inputs, **form.options), str(form))
+@pytest.mark.parametrize("name", REFUSED[:NUM_REFUSED])
+def test_refused(name, standin):
+    [make] = conformance.CASES[name]
+    with pytest.warns(UserWarning, match=WARNING):
+        make().run(None, most=1)
     assert standin.launches == 0
     with pytest.raises(NotImplementedError, match='`implementation="ffi"`: the '):
-        jitted(form.options, "ffi")(**inputs)
+        make().run("ffi")
+
+
+@pytest.mark.ascend_device
+@pytest.mark.parametrize("name", VMAPPED)
+def test_vmap(name, launches):
+    """Each combination is one launch, unless a parameter is mapped: the operator takes one."""
+    taken, refused = 0, 0
+    for make in conformance.CASES[name]:
+        try:
+            taken += make().run("ffi")
+        except NotImplementedError as error:
+            assert "got one for each group" in str(error)  # noqa: PT017
+            refused += 1
+    assert taken > 0
+    assert refused > 0
+    assert launches() in (taken, None)
+
+
+def more_cases():
+    """Random cases beyond those of the suite that the operator takes."""
+    seeds = itertools.count(conformance.NUM_FORMS)
+    drawn = (cases.random(seed, conformance.DRAWS_PER_FORM) for seed in seeds)
+    return list(itertools.islice(filter(is_taken, drawn), NUM_MORE_FORMS))
+
+
+@pytest.mark.ascend_device
+@pytest.mark.parametrize("case", more_cases(), ids=range(NUM_MORE_FORMS))
+def test_more_random_forms(case, launches):
+    count = case.run("ffi")
+    assert launches() in (count, None)
 
 
 def test_the_operator_is_the_default(standin):
-    _, form = forms()[0][0]
-    inputs = random_calls.draw_inputs(np.random.default_rng(0), form)
+    [make] = conformance.CASES[TAKEN[0]]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        jax.block_until_ready(jitted(form.options, None)(**inputs))
+        assert make().run(None) == 1
     assert standin.launches == 1

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from support.internals import Operands, primitive
 
 from jax_kvcache import dequant_rope_quant_kvcache
 
@@ -129,9 +130,6 @@ def test_bias_dtypes(bias_dtype, standin):
 
 def test_row_dimensions_are_flattened_in_the_descriptor(standin):
     """A cache of many layers, under vmap: [2, 3, 4, 8, 1, 64] is 24 blocks of 8 rows."""
-    from jax_kvcache._primitive import dequant_rope_quant_kvcache_canonical
-    from jax_kvcache._reference import Operands
-
     absent = jnp.zeros((0,), jnp.float32)
     cache = (2, 3, 4, 8, 1, 64)
     operands = Operands(
@@ -142,7 +140,7 @@ def test_row_dimensions_are_flattened_in_the_descriptor(standin):
         offset_v=absent, weight_scale=absent, activation_scale=absent, bias=absent,
     )  # fmt: skip
     options = {"kv_output": False, "indices_mode": "drop", "implementation": "ffi"}
-    result = dequant_rope_quant_kvcache_canonical(operands, **options)
+    result = primitive.dequant_rope_quant_kvcache_canonical(operands, **options)
     assert result[3].shape == cache
     changed = np.asarray(result[4]).any((-1, -2)).reshape(2, 96)
     np.testing.assert_array_equal(np.argwhere(changed), [[0, 95], [1, 95]])

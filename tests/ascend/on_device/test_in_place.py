@@ -18,15 +18,8 @@ LAYOUTS = [("contiguous", 2), ("contiguous", 3), ("page", 2)]  # C1 == B, C1 > B
 operator = functools.partial(dequant_rope_quant_kvcache, implementation="ffi")
 
 
-def draw(cache_mode, C1, rng):
-    def make(shape, dtype):
-        if dtype == jnp.float32:
-            return jnp.asarray(rng.uniform(0.01, 0.02, shape), dtype)
-        if dtype in (jnp.int8, jnp.int32):
-            return jnp.asarray(rng.integers(-100, 100, shape), dtype)
-        return jnp.asarray(rng.standard_normal(shape), dtype)
-
-    return calls.arguments(**SIZES, C1=C1, cache_mode=cache_mode, make=make)
+def draw(cache_mode, C1, seed):
+    return jax.tree.map(jnp.asarray, calls.drawn(seed, **SIZES, C1=C1, cache_mode=cache_mode))
 
 
 def indices(cache_mode, step):
@@ -37,7 +30,7 @@ def indices(cache_mode, step):
 @pytest.mark.ascend_device
 @pytest.mark.parametrize(("cache_mode", "C1"), LAYOUTS)
 def test_steps(cache_mode, C1, launches):
-    call = draw(cache_mode, C1, np.random.default_rng(0))
+    call = draw(cache_mode, C1, 0)
     names = ("k_cache", "v_cache")
     caches = {name: call.pop(name) for name in names}
     expected = {name: np.asarray(cache) for name, cache in caches.items()}
@@ -63,7 +56,7 @@ def test_steps(cache_mode, C1, launches):
 @pytest.mark.ascend_device
 @pytest.mark.parametrize(("cache_mode", "C1"), LAYOUTS)
 def test_scan(cache_mode, C1, launches):
-    call = draw(cache_mode, C1, np.random.default_rng(1))
+    call = draw(cache_mode, C1, 1)
     names = ("k_cache", "v_cache")
     caches = [call.pop(name) for name in names]
     shape = call.pop("indices").shape
@@ -94,7 +87,7 @@ def test_scan(cache_mode, C1, launches):
 
 @pytest.mark.ascend_device
 def test_undonated_caches_are_unchanged(launches):
-    call = draw("contiguous", 2, np.random.default_rng(2))
+    call = draw("contiguous", 2, 2)
     call["indices"] = jnp.array([3, 4], jnp.int32)
     before = np.asarray(call["k_cache"])
     result = jax.jit(operator)(**call)

@@ -9,33 +9,23 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from support import calls, oracle
+from support.results import assert_results
 
 from jax_kvcache import dequant_rope_quant_kvcache
 
 SIZES = {"S": None, "Nq": 2, "Nkv": 1, "D": 64, "C2": 8}
-RESULTS = ("q", "k", "v", "k_cache", "v_cache")
 
 operator = functools.partial(dequant_rope_quant_kvcache, implementation="ffi", kv_output=True)
 
 
 def draw(seed, B):
+    call = calls.drawn(seed, **SIZES, B=B, C1=B)
     rng = np.random.default_rng(seed)
-
-    def make(shape, dtype):
-        if dtype == jnp.float32:
-            return rng.uniform(0.01, 0.02, shape).astype(dtype)
-        if dtype in (jnp.int8, jnp.int32):
-            return rng.integers(-100, 100, shape).astype(dtype)
-        return rng.standard_normal(shape).astype(dtype)
-
-    call = calls.arguments(**SIZES, B=B, C1=B, make=make)
     return call | {"indices": rng.integers(-1, SIZES["C2"], B).astype(np.int32)}
 
 
 def check(result, call):
-    wanted = oracle.dequant_rope_quant_kvcache(**call, kv_output=True)
-    for name, actual, expected in zip(RESULTS, result, wanted, strict=True):
-        oracle.assert_same_bits(actual, expected, name)
+    assert_results(result, oracle.dequant_rope_quant_kvcache(**call, kv_output=True))
 
 
 def test_asynchronous_and_ordered(standin):

@@ -6,19 +6,20 @@ import jax
 import pytest
 from support import ascend_session
 from support.ascend_session import NAME, ROUTES
+from support.internals import ascend, library
 
-from jax_kvcache import _ascend, _ffi, testing
+from jax_kvcache import testing
 
 
 @pytest.mark.ascend_device
 def test_available():
-    assert jax.default_backend() == _ascend.plugin()
-    assert _ascend.unavailable() is None
-    assert _ffi.unavailable(_ascend.plugin()) is None
+    assert jax.default_backend() == ascend.plugin()
+    assert ascend.unavailable() is None
+    assert library.unavailable(ascend.plugin()) is None
 
 
 def test_report():
-    report = _ascend.report()
+    report = ascend.report()
     assert report["plugin"] == NAME
     refused = {"jax": "no plugin takes targets from jax.ffi", "pjrt": "the plugin has no PJRT FFI"}
     for route, key in (("jax", "jax.ffi"), ("pjrt", "PJRT FFI extension")):

@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_kvcache.attention import decode_attention
-from jax_kvcache.cache import KVCache, PagedKVCache
+from jax_kvcache import KVCache, PagedKVCache, decode_attention
 
 B, S, Nq, Nkv, D, C2, L = 3, 2, 4, 2, 16, 300, 2
 BLOCK, BLOCKS, M = 24, 40, 12  # 288 rows per sequence: chunks of 128 rows straddle blocks
