@@ -55,9 +55,10 @@ def rebase(slots: jax.Array, block: Any, rows: Any) -> jax.Array:
         inside = inside & is_row(jnp.asarray(block, jnp.int32), most)
         base = jnp.asarray(block, jnp.int32) * _int32(rows)
     else:  # numbers that are known while tracing cost the program nothing
-        block = np.asarray(block)
-        assert ((block >= 0) & (block < most)).all(), "the caller checks what is known"
-        base = jnp.asarray(block * rows, jnp.int32)
+        known = (np.asarray(block) >= 0) & (np.asarray(block) < most)
+        base = jnp.asarray(np.where(known, block, 0) * rows, jnp.int32)
+        if not known.all():
+            inside = inside & known
     return jnp.where(inside, base + slots, jnp.full_like(slots, -1))
 
 

@@ -106,8 +106,7 @@ def test_the_obvious_code_does_the_same_work(name):
 
 
 def test_memcpy_copies():
-    for name in (bench_cases.EMPTY, bench_cases.MEMCPY):
-        library.register(name, name, "cpu")
+    bench_cases.register_comparisons()
     size = 200_000  # more than one part, and not a whole number of them
     source = np.arange(size, dtype=np.uint8)
     state = bench_cases.make_caches(SMALL), jax.numpy.zeros(size, np.uint8)
