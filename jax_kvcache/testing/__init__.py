@@ -41,7 +41,7 @@ class Standin:
     def __init__(self, toolkit):
         """Loads the device's own library from its toolkit."""
         self.toolkit = toolkit
-        self._lib = ctypes.CDLL(str(toolkit / "lib64" / "libascendbuild.so"))
+        self._lib = ctypes.CDLL(str(toolkit / "lib64" / "libascend_standin.so"))
         self._lib.standin_load.restype = ctypes.c_char_p
         self._lib.standin_register.restype = ctypes.c_char_p
         self._lib.standin_register.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
