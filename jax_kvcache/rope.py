@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from jax_kvcache._checks import INT32_MAX
+from jax_kvcache.ops.slots import INT32_MAX
 
 
 def rope_tables(

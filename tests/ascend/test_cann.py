@@ -14,7 +14,7 @@ from support.internals import library
 
 FFI = Path(__file__).parents[2] / "ffi"
 HEADERS = FFI / "standin" / "include"  # written from CANN's documentation
-LIBRARY = library.library_path()
+LIBRARY = library.path()
 CXX = os.environ.get("CXX") or shutil.which("g++") or "g++"
 
 OPERATOR = ("aclnnDequantRopeQuantKvcacheGetWorkspaceSize", "aclnnDequantRopeQuantKvcache")

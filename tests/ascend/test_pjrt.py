@@ -4,7 +4,7 @@ import ctypes
 
 import jax
 import pytest
-from support.internals import ascend, compat, library, pjrt
+from support.internals import ascend, compat, pjrt
 
 FFI, OTHER = 5, 2  # extension types
 ERROR, MESSAGE = 77, b"Duplicate FFI handler registration"
@@ -72,10 +72,10 @@ def test_without_the_extension():
 @pytest.mark.parametrize("error", [None, ERROR], ids=["taken", "refused"])
 def test_when_jax_discovers_the_plugin(error, monkeypatch):
     plugin = FakePlugin(error=error)
-    monkeypatch.setattr(ascend, "_through_pjrt", "not yet")
+    monkeypatch.setattr(ascend, "_routes", ascend._Routes(through_pjrt="not yet"))
     monkeypatch.setattr(compat, "plugin_api", lambda name: plugin.capsule)
     monkeypatch.setattr(compat, "on_plugins_discovered", lambda f: f(plugin.capsule))
-    ascend.register(library._library, "name")
+    ascend.register(ascend.ASCEND)
     assert {args[3] for args in plugin.registered} == {b"ascend", b"ASCEND"}
     wanted = None if error is None else MESSAGE.decode()
     assert ascend.routes()["PJRT FFI extension"] == wanted
@@ -85,7 +85,7 @@ def test_a_hook_that_raises(monkeypatch):
     def hook(*args, **kwargs):
         raise RuntimeError("no room")
 
-    monkeypatch.setattr(ascend, "_through_jax", None)
+    monkeypatch.setattr(ascend, "_routes", ascend._Routes(through_jax=None))
     monkeypatch.setattr(jax.ffi, "register_ffi_target", hook)
-    ascend.register(library._library, "name")
+    ascend.register(ascend.ASCEND)
     assert ascend.routes()["jax.ffi"] == "the plugin's hook raised RuntimeError: no room"

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from support import calls
 from support.internals import Operands, ascend
+from support.internals import slots as slots_module
 
 from jax_kvcache import explain
 
@@ -92,19 +93,21 @@ def test_too_many_rows_in_all():
 
 def test_flat_slots():
     slots = np.array([[0, 7, 8, -1], [0, 7, 2**31 - 1, -(2**31)]], np.int32)
-    flat = ascend.flat_slots(jnp.asarray(slots), 8)
+    flat = slots_module.group_slots(jnp.asarray(slots), 8)
     np.testing.assert_array_equal(flat, [[0, 7, -1, -1], [8, 15, -1, -1]])
-    np.testing.assert_array_equal(ascend.flat_slots(jnp.asarray(slots[0]), 8), [0, 7, -1, -1])
+    np.testing.assert_array_equal(
+        slots_module.group_slots(jnp.asarray(slots[0]), 8), [0, 7, -1, -1]
+    )
 
 
 def test_flat_slots_up_to_the_last_row():
     rows = 2**30 - 1
-    flat = ascend.flat_slots(jnp.asarray([[rows - 1, rows]] * 2, jnp.int32), rows)
+    flat = slots_module.group_slots(jnp.asarray([[rows - 1, rows]] * 2, jnp.int32), rows)
     np.testing.assert_array_equal(flat, [[rows - 1, -1], [2 * rows - 1, -1]])
 
 
 def test_flat_slots_past_what_int32_counts_write_nothing():
     """Only symbolic sizes come here unchecked."""
     rows = 2**30
-    flat = ascend.flat_slots(jnp.asarray([[5], [5], [5], [5], [5]], jnp.int32), rows)
+    flat = slots_module.group_slots(jnp.asarray([[5], [5], [5], [5], [5]], jnp.int32), rows)
     np.testing.assert_array_equal(flat, [[5], [-1], [-1], [-1], [-1]])

@@ -8,7 +8,7 @@ import pytest
 from support.internals import library
 
 from jax_kvcache import __main__
-from jax_kvcache.cli import bench, bench_cases
+from jax_kvcache.cli import bench, bench_cases, bench_steps
 
 SMALL = bench_cases.Case(3, 1, 2, 1, 64, "contiguous", 3, 4)
 
@@ -82,7 +82,7 @@ def shrunk(name):
 
 
 def results_of(case, names):
-    inputs, steps = bench_cases.make_inputs(case, 0), bench_cases.steps(case)
+    inputs, steps = bench_cases.make_inputs(case, 0), bench_steps.steps(case)
     return [
         jax.tree.leaves(jax.tree.map(np.asarray, steps[n](bench_cases.make_caches(case), inputs)))
         for n in names
@@ -106,12 +106,11 @@ def test_the_obvious_code_does_the_same_work(name):
 
 
 def test_memcpy_copies():
-    for name in (bench_cases.EMPTY, bench_cases.MEMCPY):
-        library.register(name, name, "cpu")
+    bench_steps.register_comparisons()
     size = 200_000  # more than one part, and not a whole number of them
     source = np.arange(size, dtype=np.uint8)
     state = bench_cases.make_caches(SMALL), jax.numpy.zeros(size, np.uint8)
-    step = bench_cases.memcpy_step(SMALL, 2)
+    step = bench_steps.memcpy_step(SMALL, 2)
     _, (caches, destination) = step(state, (bench_cases.make_inputs(SMALL, 0), source))
     np.testing.assert_array_equal(destination, source)
     jax.tree.map(np.testing.assert_array_equal, caches, bench_cases.make_caches(SMALL))

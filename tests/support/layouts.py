@@ -1,6 +1,9 @@
 """Calls to place on a mesh of data ("dp") and tensor ("tp") parallel devices, and their layouts."""
 
 import functools
+import json
+import math
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -28,26 +31,36 @@ class Layout(NamedTuple):
     moved: object = lambda dp, tp: 0
 
 
-def rows(dp, heads=1):
-    """int8 rows of k and v and int32 slots of all tokens, where tokens are sharded at all."""
-    return T * (2 * Nkv // heads * D + 4) if dp > 1 else 0
+TABLE = json.loads((Path(__file__).parents[2] / "notebooks" / "layouts.json").read_text())
 
 
-LAYOUTS = {
-    "heads": Layout("contiguous", B, None, None, P(None, None, "tp")),
-    "batch_heads": Layout("contiguous", B, "dp", None, P("dp", None, "tp")),
-    "batch_heads_columns": Layout(
-        "contiguous", B, "dp", "tp", P("dp", None, "tp"),
-        lambda dp, tp: (T // dp * 4 + 8) * H if tp > 1 else 0,
-    ),
-    "blocks_heads": Layout("page", 8, None, None, P("dp", None, "tp")),
-    "block_rows": Layout("page", 8, None, None, P(None, ("dp", "tp"))),
-    "tokens_blocks_heads": Layout(
-        "page", 8, "dp", None, P("dp", None, "tp"), lambda dp, tp: rows(dp, tp)
-    ),
-    "more_blocks": Layout("contiguous", 8, "dp", None, P("dp"), lambda dp, tp: rows(dp)),
-    "tokens": Layout("contiguous", B, "dp", None, P(), lambda dp, tp: rows(dp)),
-}  # fmt: skip
+def bytes_received(entry, dp, tp):
+    """Bytes that each device receives in automatic and explicit mode, as the table says."""
+    devices, axes, received = {"dp": dp, "tp": tp}, entry["axes"], entry["receives"]
+    if received is None or devices[received["over"]] == 1:
+        return 0
+    sizes = {
+        "T": T, "T_here": T // devices.get(axes.get("tokens"), 1), "H": H,
+        "Nkv_here": Nkv // devices.get(axes.get("heads"), 1), "D": D,
+    }  # fmt: skip
+    arrays = [TABLE["bytes"][name] for name in received["arrays"]]
+    return sum(math.prod(sizes.get(factor, factor) for factor in array) for array in arrays)
+
+
+def from_table(entry):
+    """A layout of the table, for this file's sizes."""
+    axes = {k: tuple(v) if isinstance(v, list) else v for k, v in entry["axes"].items()}
+    return Layout(
+        entry["cache_mode"],
+        entry["C1_over_B"] * B,
+        axes.get("tokens"),
+        axes.get("columns"),
+        P(axes.get("blocks"), axes.get("rows"), axes.get("heads")),
+        functools.partial(bytes_received, entry),
+    )
+
+
+LAYOUTS = {name: from_table(entry) for name, entry in TABLE["layouts"].items()}
 
 
 @functools.cache

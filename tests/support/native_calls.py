@@ -6,9 +6,19 @@ import os
 
 import jax
 import numpy as np
-from support.internals import Call, Operands, canonical_operands, library, primitive
+from support.internals import (
+    Call,
+    Operands,
+    Results,
+    canonical_operands,
+    library,
+    primitive,
+)
+from support.internals import (
+    operands as tables,
+)
 
-LIBRARY = ctypes.CDLL(str(library.library_path()))
+LIBRARY = ctypes.CDLL(str(library.path()))
 LIBRARY.jax_kvcache_use_simd.restype = ctypes.c_bool
 SIMD = [
     name
@@ -29,14 +39,14 @@ def results_of(operands: Operands, kv_output: bool) -> list[jax.ShapeDtypeStruct
 
 
 def call(operands, results, *, aliases=None, **attributes):
-    aliases = {3: 3, 4: 4} if aliases is None else aliases
-    target = jax.ffi.ffi_call(library.TARGET, results, input_output_aliases=aliases)
+    aliases = tables.aliases(Operands, Results) if aliases is None else aliases
+    target = jax.ffi.ffi_call(primitive.NAME, results, input_output_aliases=aliases)
     return jax.jit(lambda *args: target(*args, **attributes))(*operands)
 
 
 def canonical(inputs: dict, **options) -> Operands:
     """The operands as the native target takes them."""
-    return primitive.native_operands(canonical_operands(Call(**inputs, **options))[0])
+    return tables.flattened(canonical_operands(Call(**inputs, **options))[0])
 
 
 def in_order(operands: Operands) -> list[np.ndarray]:

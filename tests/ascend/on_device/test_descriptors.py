@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from support.internals import Operands, primitive
+from support.internals import Operands, WriteOptions, primitive
 
 from jax_kvcache import dequant_rope_quant_kvcache
 
@@ -139,8 +139,8 @@ def test_row_dimensions_are_flattened_in_the_descriptor(standin):
         scale_k=jnp.ones((1, 1, 64)), scale_v=jnp.ones((1, 1, 64)), offset_k=absent,
         offset_v=absent, weight_scale=absent, activation_scale=absent, bias=absent,
     )  # fmt: skip
-    options = {"kv_output": False, "indices_mode": "drop", "implementation": "ffi"}
-    result = primitive.dequant_rope_quant_kvcache_canonical(operands, **options)
+    options = WriteOptions("ffi", kv_output=False, indices_mode="drop")
+    result = primitive.bind(operands, options)
     assert result[3].shape == cache
     changed = np.asarray(result[4]).any((-1, -2)).reshape(2, 96)
     np.testing.assert_array_equal(np.argwhere(changed), [[0, 95], [1, 95]])

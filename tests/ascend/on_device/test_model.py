@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.internals import layered_update
+from support.internals import api
 from support.results import assert_results
 
 from jax_kvcache.model import forward, load_model, new_cache
@@ -68,20 +68,20 @@ def unrolled_scan(step, carry, inputs):
 def test_the_operator_at_every_layer(monkeypatch):
     """Records the operands and results of every layer, and asks the CPU's operator the same."""
     device, _ = models()
-    operator = layered_update.dequant_rope_quant_kvcache_canonical
+    operator = api.bind
     options_seen = []
 
     def record(model, tokens, cache):
         layers = []
 
-        def recording(operands, **options):
-            results = operator(operands, **options)
+        def recording(operands, options):
+            results = operator(operands, options)
             layers.append((operands, results))
             options_seen.append(options)
             return results
 
         with monkeypatch.context() as patch:
-            patch.setattr(layered_update, "dequant_rope_quant_kvcache_canonical", recording)
+            patch.setattr(api, "bind", recording)
             patch.setattr(jax.lax, "scan", unrolled_scan)
             forward(model, tokens, cache, jnp.zeros(1, jnp.int32), implementation="ffi")
         return layers
@@ -91,7 +91,7 @@ def test_the_operator_at_every_layer(monkeypatch):
     assert len(layers) == len(options_seen) == device.config.n_layers
     with on_cpu():
         for i, (operands, results) in enumerate(layers):
-            expected = operator(operands, **options_seen[i])
+            expected = operator(operands, options_seen[i])
             assert_results(results, expected, f"layer {i}")
 
 

@@ -6,7 +6,7 @@ import jax
 import pytest
 from support import ascend_session
 from support.ascend_session import NAME, ROUTES
-from support.internals import ascend, library
+from support.internals import ascend, backends
 
 from jax_kvcache import testing
 
@@ -15,7 +15,7 @@ from jax_kvcache import testing
 def test_available():
     assert jax.default_backend() == ascend.plugin()
     assert ascend.unavailable() is None
-    assert library.unavailable(ascend.plugin()) is None
+    assert backends.unavailable(ascend.plugin(), "dequant_rope_quant_kvcache") is None
 
 
 def test_report():

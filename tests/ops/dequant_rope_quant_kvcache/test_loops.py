@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax import lax
 from support import hlo, oracle
-from support.internals import Operands, primitive
+from support.internals import Operands, WriteOptions, primitive
 from support.results import OF_A_STEP, assert_results
 
 from jax_kvcache import dequant_rope_quant_kvcache
@@ -141,16 +141,14 @@ def test_scan_over_layers(implementation):
         number, step = inputs
         slots = step["indices"]
         valid = (slots >= 0) & (slots < capacity)
-        q, _, _, *caches = primitive.dequant_rope_quant_kvcache_canonical(
+        q, _, _, *caches = primitive.bind(
             Operands(
                 step["x"], step["cos"], step["sin"], *caches,
                 jnp.where(valid, slots + number * capacity, -1),
                 params["scale_k"], params["scale_v"], absent, absent, params["weight_scale"],
                 absent, absent,
             ),
-            kv_output=False,
-            indices_mode="drop",
-            implementation=implementation,
+            WriteOptions(implementation, kv_output=False, indices_mode="drop"),
         )  # fmt: skip
         return tuple(caches), q
 

@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from support import calls, process
-from support.internals import primitive
+from support.internals import mesh
 
 from jax_kvcache import KVCache, dequant_rope_quant_kvcache
 from jax_kvcache.model import forward, load_model
@@ -18,13 +18,14 @@ from jax_kvcache.model import forward, load_model
 def lowerings(monkeypatch):
     """Each call of the rule that lowers the primitive, whichever mode it is in."""
     made = []
-    partitioned = primitive.partitioned
+    partitioned = mesh.partitioned
 
-    def counted(ctx, *arguments):
-        made.append(ctx.avals_in[0].shape)
-        return partitioned(ctx, *arguments)
+    def counted(ctx, call, *arguments):
+        if call.name == "dequant_rope_quant_kvcache":
+            made.append(ctx.avals_in[0].shape)
+        return partitioned(ctx, call, *arguments)
 
-    monkeypatch.setattr(primitive, "partitioned", counted)
+    monkeypatch.setattr(mesh, "partitioned", counted)
     return made
 
 
