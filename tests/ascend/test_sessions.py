@@ -26,6 +26,13 @@ needs_standin = pytest.mark.skipif(
 )
 
 
+PUBLIC = {"devices": 8}  # the public plugin, which is the stand-in's default
+NEWEST = {
+    "devices": 8, "platform_name": "ascend", "jax_hook": "works", "pjrt_extension": False,
+    "ffi": "newest", "cann": "8.5",
+}  # fmt: skip
+
+
 def run_session(session, *arguments, **environment):
     command = ["-m", "pytest", "-q", "-o", ADDOPTS, SESSION, *arguments]
     changes = {"ASCEND_SESSION": session, "JAX_PLATFORMS": None}
@@ -48,13 +55,13 @@ def artifact(tmp_path_factory):
 
 @needs_standin
 def test_on_the_standin(artifact):
-    run_session("ascend jax", ASCEND_ARTIFACT=artifact)
+    run_session(json.dumps(PUBLIC), ASCEND_ARTIFACT=artifact)
 
 
 @needs_standin
-def test_on_the_standin_in_upper_case(artifact):
+def test_on_a_standin_of_the_newest_runtime(artifact):
     ignored = f"--ignore={SESSION}/test_model.py"  # the model's compiling takes the longest
-    run_session("ASCEND pjrt", ignored, ASCEND_ARTIFACT=artifact)
+    run_session(json.dumps(NEWEST), ignored, ASCEND_ARTIFACT=artifact)
 
 
 @pytest.mark.ascend_device
