@@ -194,8 +194,8 @@ void* AllocateScratch(size_t size) {
   // A page, of which the last kScratchAlignment bytes before the memory are a guard, the memory,
   // and a guard of the same size after it.
   const size_t total = kScratchAlignment + size + kScratchAlignment;
-  auto* const block =
-      static_cast<uint8_t*>(aligned_alloc(kPageSize, (total + kPageSize - 1) / kPageSize * kPageSize));
+  auto* const block = static_cast<uint8_t*>(
+      aligned_alloc(kPageSize, (total + kPageSize - 1) / kPageSize * kPageSize));
   if (block == nullptr) return nullptr;
   uint8_t* const memory = block + kScratchAlignment;
   memset(block, kGuardByte, kScratchAlignment);

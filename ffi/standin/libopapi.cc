@@ -12,7 +12,7 @@ using standin::Ledger;
 
 constexpr aclnnStatus kParamNullptr = 161001;
 constexpr aclnnStatus kRuntimeError = 361001;
-constexpr uint64_t kWorkspaceSize = 16 << 20;  // the size that the operator's tiling asks for
+constexpr uint64_t kWorkspaceSize = 16 << 20;   // the size that the operator's tiling asks for
 constexpr uintptr_t kWorkspaceAlignment = 512;  // what CANN's own allocator gives
 
 // What the first call leaves in `*executor` when it fails. CANN leaves an executor of its pool

@@ -87,7 +87,8 @@ void Prepare(const XLA_FFI_Api* api) {
 XLA_FFI_Error* AskMetadata(XLA_FFI_Handler* handler, XLA_FFI_CallFrame* frame) {
   auto* const asked = reinterpret_cast<XLA_FFI_Metadata_Extension*>(frame->extension_start);
   const size_t size = asked->metadata->struct_size;
-  std::vector<uint8_t> answer(size + kGuardSize, kGuardByte);
+  const size_t offered_size = newest_ffi ? std::max(size, sizeof(XLA_FFI_Metadata)) : size;
+  std::vector<uint8_t> answer(offered_size + kGuardSize, kGuardByte);
   memcpy(answer.data(), asked->metadata, size);
   XLA_FFI_Metadata_Extension extension = *asked;
   extension.metadata = reinterpret_cast<XLA_FFI_Metadata*>(answer.data());
@@ -96,7 +97,7 @@ XLA_FFI_Error* AskMetadata(XLA_FFI_Handler* handler, XLA_FFI_CallFrame* frame) {
   copy.api = offered;
   copy.extension_start = &extension.extension_base;
   if (XLA_FFI_Error* error = handler(&copy)) return error;
-  if (std::any_of(answer.begin() + static_cast<std::ptrdiff_t>(size), answer.end(),
+  if (std::any_of(answer.begin() + static_cast<std::ptrdiff_t>(offered_size), answer.end(),
                   [](uint8_t byte) { return byte != kGuardByte; })) {
     Ledger::Get().Fault("wrote past the runtime's metadata");
   }
