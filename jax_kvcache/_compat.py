@@ -46,6 +46,11 @@ def has_custom_call_handler(platform: str) -> bool:
     return platform in xla_client._custom_callback_handler
 
 
+def queued_ffi_targets(platform: str) -> set[str]:
+    """The names of the FFI targets that JAX still keeps for a plugin of `platform`."""
+    return {name for name, *_ in xla_client._custom_callback.get(platform, ())}
+
+
 def register_custom_call_handler(platform: str, handler) -> None:
     """What a plugin does to take FFI targets through `jax.ffi`."""
     xla_client.register_custom_call_handler(platform, handler)

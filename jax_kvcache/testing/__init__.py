@@ -2,9 +2,9 @@
 
 It is XLA's CPU plugin behind the face of the public Ascend plugin, with stand-ins of CANN's
 libraries that check each call and compute it. It refuses at least what the public plugin's runtime
-and CANN refuse. It shows that calls, descriptors, lifetimes and order are right, and the bits of the
-published kernel's arithmetic. It shows nothing about an NPU: ffi/ASCEND.md lists what only hardware
-can show.
+and CANN refuse. It shows that calls, descriptors, lifetimes and order are right, and the bits of
+the published kernel's arithmetic. It shows nothing about an NPU: ffi/ASCEND.md lists what only
+hardware can show.
 """
 
 import contextlib

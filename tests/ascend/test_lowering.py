@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from support import calls, hlo
-from support.internals import ascend, compat
+from support.internals import ascend, ascend_plugin, compat
 
 from jax_kvcache import dequant_rope_quant_kvcache
 
@@ -82,7 +82,8 @@ def test_x64():
 
 
 def test_no_plugin_here():
-    assert ascend.plugin() is None
+    assert ascend_plugin.name() is None
     assert ascend.unavailable() == "this process has no Ascend PJRT plugin"
-    assert ascend.routes()["PJRT FFI extension"].startswith("no Ascend")
+    assert ascend_plugin.offers()["PJRT FFI extension"].startswith("no Ascend")
+    assert ascend.report()["target"] == "not registered: there is no plugin"
     assert jnp.zeros(1).devices().pop().platform == "cpu"
