@@ -144,7 +144,7 @@ ffi::Error Run(cann::Stream stream, Scratch scratch, ffi::RemainingArgs args,
   if (!scratch.error().empty()) {
     return Failed(ffi::ErrorCode::kResourceExhausted,
                   "the operator's workspace of " + std::to_string(workspace_size) +
-                      " bytes could not be allocated on the device: " + scratch.error() + "." +
+                      " bytes could not be allocated on the device (" + scratch.error() + ")." +
                       (session.ok() ? "" : " Then " + session.error()) + session.leak());
   }
   if (session.ok()) return ffi::Error::Success();

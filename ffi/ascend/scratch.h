@@ -6,94 +6,56 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <utility>
 
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_kvcache {
 
-// One block of device memory. XLA takes it back in stream order, so that it may be destroyed when
-// the work that uses it is enqueued. It differs from xla::ffi::ScratchAllocator in that it aligns
-// as asked for and keeps XLA's message when XLA refuses.
+// XLA's scratch memory, aligned as asked for, and with XLA's message where XLA refuses. XLA takes
+// it back in stream order, so that it may be destroyed when the work that uses it is enqueued.
 class Scratch {
  public:
-  Scratch(const XLA_FFI_Api* api, XLA_FFI_ExecutionContext* ctx) : api_(api), ctx_(ctx) {}
-  Scratch(Scratch&& other) noexcept
-      : api_(other.api_), ctx_(other.ctx_), size_(other.size_), data_(other.data_) {
-    other.data_ = nullptr;
-  }
-  ~Scratch() {
-    if (data_ == nullptr) return;
-    XLA_FFI_DeviceMemory_Free_Args args = {};
-    args.struct_size = XLA_FFI_DeviceMemory_Free_Args_STRUCT_SIZE;
-    args.ctx = ctx_;
-    args.size = size_;
-    args.data = data_;
-    // There is nobody left to tell of an error.
-    if (XLA_FFI_Error* error = api_->XLA_FFI_DeviceMemory_Free(&args)) TakeMessage(error);
-  }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  Scratch& operator=(Scratch&&) = delete;
+  Scratch(xla::ffi::ScratchAllocator allocator, const xla::ffi::DiagnosticEngine& diagnostic)
+      : allocator_(std::move(allocator)), diagnostic_(diagnostic) {}
 
   // Returns the address of `size` bytes, which is a multiple of `alignment`, a power of two; or
-  // null, and sets error(). Called at most once.
+  // null, and sets error().
   void* Allocate(size_t size, size_t alignment) {
-    // XLA refuses to be asked for a higher alignment than this, and gives no higher one. So the
+    // XLA refuses to be asked for a higher alignment than this, and promises no higher one. So the
     // block has room to spare, and the address is rounded up.
     constexpr size_t kXlaAlignment = 16;
-    XLA_FFI_DeviceMemory_Allocate_Args args = {};
-    args.struct_size = XLA_FFI_DeviceMemory_Allocate_Args_STRUCT_SIZE;
-    args.ctx = ctx_;
-    args.size = size + alignment;
-    args.alignment = kXlaAlignment;
-    if (XLA_FFI_Error* error = api_->XLA_FFI_DeviceMemory_Allocate(&args)) {
-      error_ = TakeMessage(error);
+    const std::optional<void*> block = allocator_.Allocate(size + alignment, kXlaAlignment);
+    if (!block.has_value() || *block == nullptr) {
+      error_ = block.has_value() ? "XLA returned null" : diagnostic_.Result();
       return nullptr;
     }
-    if (args.data == nullptr) {
-      error_ = "XLA returned null";
-      return nullptr;
-    }
-    size_ = args.size;
-    data_ = args.data;
-    const auto address = reinterpret_cast<uintptr_t>(data_);
+    const auto address = reinterpret_cast<uintptr_t>(*block);
     return reinterpret_cast<void*>((address + alignment - 1) & ~uintptr_t{alignment - 1});
   }
 
   const std::string& error() const { return error_; }
 
  private:
-  std::string TakeMessage(XLA_FFI_Error* error) {
-    XLA_FFI_Error_GetMessage_Args text = {};
-    text.struct_size = XLA_FFI_Error_GetMessage_Args_STRUCT_SIZE;
-    text.error = error;
-    api_->XLA_FFI_Error_GetMessage(&text);
-    std::string message = text.message == nullptr ? "" : text.message;
-    if (message.empty()) message = "XLA gave no reason";
-    XLA_FFI_Error_Destroy_Args destroy = {};
-    destroy.struct_size = XLA_FFI_Error_Destroy_Args_STRUCT_SIZE;
-    destroy.error = error;
-    api_->XLA_FFI_Error_Destroy(&destroy);
-    return message;
-  }
-
-  const XLA_FFI_Api* api_;
-  XLA_FFI_ExecutionContext* ctx_;
-  size_t size_ = 0;
-  void* data_ = nullptr;
+  xla::ffi::ScratchAllocator allocator_;
+  const xla::ffi::DiagnosticEngine& diagnostic_;  // lives as long as the call
   std::string error_;
 };
 
 }  // namespace jax_kvcache
 
-// Lets a handler take a Scratch: Ffi::Bind().Ctx<Scratch>().
+// Lets a handler take a Scratch: Ffi::Bind().Ctx<Scratch>(). The context's type has another name in
+// newer headers.
 template <>
 struct xla::ffi::CtxDecoding<jax_kvcache::Scratch> {
   using Type = jax_kvcache::Scratch;
 
-  static std::optional<Type> Decode(const XLA_FFI_Api* api, XLA_FFI_ExecutionContext* ctx,
-                                    DiagnosticEngine&) {
-    return std::optional<Type>(std::in_place, api, ctx);
+  template <typename Context>
+  static std::optional<Type> Decode(const XLA_FFI_Api* api, Context* context,
+                                    DiagnosticEngine& diagnostic) {
+    auto allocator = CtxDecoding<ScratchAllocator>::Decode(api, context, diagnostic);
+    if (!allocator.has_value()) return std::nullopt;
+    return std::optional<Type>(std::in_place, *std::move(allocator), diagnostic);
   }
 };
 
