@@ -28,6 +28,8 @@ class KVCache(CacheBase):
       offset_k: as scale_k, in steps of the code, or None.
       offset_v: as offset_k.
       layers: L, or None.
+      num_q_heads: Nq of all devices together, which `update` compares with the columns of x, or
+        None.
     """
 
     @classmethod
@@ -43,6 +45,7 @@ class KVCache(CacheBase):
         scale_v: ArrayLike,
         offset_k: ArrayLike | None = None,
         offset_v: ArrayLike | None = None,
+        num_q_heads: int | None = None,
     ) -> Self:
         """Makes an empty cache (all codes 0).
 
@@ -56,6 +59,7 @@ class KVCache(CacheBase):
           scale_v: as scale_k.
           offset_k: as scale_k; given together with offset_v or not at all.
           offset_v: as offset_k.
+          num_q_heads: Nq, which makes a wrong number of columns in x an error of `update`.
 
         Returns:
           The cache.
@@ -63,11 +67,12 @@ class KVCache(CacheBase):
         Raises:
           TypeError: a size is not an int, or a scale or offset is not floating-point.
           ValueError: a size is below 1, `head_dim` is odd, a shape is not as above, a lone offset,
-            or more rows than int32 counts.
+            more rows than int32 counts, or a scale whose value is known and is not a normal number
+            above 0, or such an offset that is not finite.
         """
         sizes = {"batch": batch, "length": length}
         scales = (scale_k, scale_v, offset_k, offset_v)
-        return cls(**empty_fields(sizes, num_kv_heads, head_dim, layers, *scales))
+        return cls(**empty_fields(sizes, num_kv_heads, head_dim, layers, num_q_heads, *scales))
 
     def _indices(
         self, x: jax.Array, positions: ArrayLike, block_table: ArrayLike | None
