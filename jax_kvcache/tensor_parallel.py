@@ -14,7 +14,6 @@ from jax_kvcache.ops.dequant_rope_quant_kvcache.checks import check_splits
 from jax_kvcache.ops.dequant_rope_quant_kvcache.columns import check_number
 from jax_kvcache.ops.slots import INT32_MAX, axes_named, shard_slots
 
-
 # Smaller heads are those of toy models, which have few of them.
 _USUAL_HEAD = 16
 

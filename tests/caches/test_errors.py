@@ -55,7 +55,9 @@ SUBNORMAL = np.finfo(np.float32).smallest_subnormal
 def test_create_refuses_what_no_scale_can_be(name, value, layers, cls):
     scales = {"scale_k": ONES, "scale_v": ONES} | {name: with_one(value, layers)}
     count = 1 if layers is None else 2
-    message = rf"`{name}` must be finite and at least 1.1754\d*e-38, .* got .*1, 3\], and {count} such"
+    message = (
+        rf"`{name}` must be finite and at least 1.1754\d*e-38, .* got .*1, 3\], and {count} such"
+    )
     with pytest.raises(ValueError, match=message):
         cls.create(1, 4, Nkv, D, layers=layers, **scales)
 
@@ -63,7 +65,9 @@ def test_create_refuses_what_no_scale_can_be(name, value, layers, cls):
 @pytest.mark.parametrize("value", [np.nan, -np.inf])
 def test_create_refuses_what_no_offset_can_be(value):
     offsets = {"offset_k": ONES, "offset_v": with_one(value)}
-    with pytest.raises(ValueError, match=r"`offset_v` must be finite, got (nan|-inf) at \[Nkv, D\]"):
+    with pytest.raises(
+        ValueError, match=r"`offset_v` must be finite, got (nan|-inf) at \[Nkv, D\]"
+    ):
         KVCache.create(1, 4, Nkv, D, scale_k=ONES, scale_v=ONES, **offsets)
 
 

@@ -126,10 +126,12 @@ def test_interleave_refuses(function):
     with pytest.raises(ValueError, match=r"`shards` must divide each .* \(4, 2, 2\), got 4"):
         function(np.zeros(8), (4, 2, 2), 4)
     heads_of_8 = np.zeros(640), (512, 64, 64), 8  # or 4 kv heads of 16, which 8 devices would halve
-    with pytest.raises(ValueError, match="got 8: .*each would get 8 columns of k, .* 64 q heads"):
+    with pytest.raises(ValueError, match=r"got 8: .*each would get 8 columns of k, .* 64 q heads"):
         function(*heads_of_8)
     assert function(*heads_of_8, head_dim=8).shape == (640,)
-    with pytest.raises(ValueError, match=r"\[32, 4, 4\] with `head_dim` = 16, got 8. Share .* 4 dev"):
+    with pytest.raises(
+        ValueError, match=r"\[32, 4, 4\] with `head_dim` = 16, got 8. Share .* 4 dev"
+    ):
         function(*heads_of_8, head_dim=16)
     with pytest.raises(ValueError, match=r"`head_dim` must divide each of .*, got 48"):
         function(*heads_of_8, head_dim=48)

@@ -22,7 +22,6 @@ from jax_kvcache.ops.implementation import Implementation
 from jax_kvcache.ops.operands import absent
 from jax_kvcache.ops.slots import batch_slots, flat_batch_slots, rebase, shard_slots
 
-
 Columns = jax.Array | tuple[jax.Array, jax.Array, jax.Array]  # as one array, or (q, k, v)
 
 
@@ -72,8 +71,8 @@ def canonical_operands(call: Call) -> tuple[Operands, Sizes]:
     call = joined(call)
     sizes = check_call(call)
     if not apart:
-        per_column = (call.weight_scale, call.bias)
-        per_column += (call.scale_k, call.scale_v, call.offset_k, call.offset_v)
+        scales = (call.scale_k, call.scale_v, call.offset_k, call.offset_v)
+        per_column = (call.weight_scale, call.bias, *scales)
         check_order(call.qkv_shards, per_column, call.total_q_heads, sizes.Nq)
     per_batch = has_rows_per_batch(call)
     S = 1 if sizes.S is None else sizes.S
@@ -205,8 +204,8 @@ def dequant_rope_quant_kvcache(
 
     Args:
       x: [B, S, H] or [B, H], H = (Nq + 2*Nkv) * D; int32 accumulators, or float16, bfloat16 or
-        float32 (float32 on CPU, GPU and TPU only). Or a tuple (q, k, v) of its columns, [..., Nq*D],
-        [..., Nkv*D] and [..., Nkv*D], which are then put together.
+        float32 (float32 on CPU, GPU and TPU only). Or a tuple (q, k, v) of its columns,
+        [..., Nq*D], [..., Nkv*D] and [..., Nkv*D], which are then put together.
       cos: [B, S, 1, D], or [B, D] for a 2-D x; float16, bfloat16 or float32; the dtype of x unless
         x is int32. Its two halves are independent values.
       sin: as cos.
@@ -241,8 +240,8 @@ def dequant_rope_quant_kvcache(
 
     Raises:
       TypeError: a missing argument, a wrong dtype or rank.
-      ValueError: a wrong shape, value or number of heads, one array passed as both caches (seen only eagerly), a
-        lone offset, or more than 2**31 - 1 rows.
+      ValueError: a wrong shape, value or number of heads, one array passed as both caches (seen
+        only eagerly), a lone offset, or more than 2**31 - 1 rows.
       NotImplementedError: `implementation="ffi"` where there is no native target; differentiation.
     """
     return run(

@@ -39,7 +39,7 @@ def joined(call: Any) -> Any:
         if isinstance(value, tuple) != apart:
             kind = "a tuple (q, k, v)" if apart else "one array"
             raise TypeError(
-                f"`{name}` must be {kind}, as `x` is, got {_kind(value)}: their columns go together."
+                f"`{name}` must be {kind}, as `x` is, got {_kind(value)}. Give all in one form."
             )
     if not apart:
         return call
@@ -50,7 +50,9 @@ def joined(call: Any) -> Any:
     kv_width = math.prod(call.k_cache.shape[-2:])
     x = _join("x", call.x, None, kv_width)
     widths = (x.shape[-1] - 2 * kv_width, kv_width, kv_width)
-    return call._replace(x=x, **{n: _join(n, value, widths, kv_width) for n, value in others.items()})
+    return call._replace(
+        x=x, **{n: _join(n, value, widths, kv_width) for n, value in others.items()}
+    )
 
 
 def _kind(value: Any) -> str:
@@ -80,7 +82,7 @@ def _join(name: str, parts: tuple, widths: tuple | None, kv_width: int) -> Any:
 
 
 def manual_axes() -> dict[str, int]:
-    """The sizes of the mesh axes of the `jax.shard_map` that we are in, those of size 1 left out."""
+    """The sizes of the mesh axes of the `jax.shard_map` that we are in, but for those of size 1."""
     mesh = jax.sharding.get_abstract_mesh()
     return {axis: mesh.shape[axis] for axis in mesh.manual_axes if mesh.shape[axis] > 1}
 

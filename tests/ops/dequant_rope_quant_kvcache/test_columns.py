@@ -96,7 +96,9 @@ def test_apart_in_automatic_and_explicit_mode(kind, x_axis):
     specs = over(call, mesh, x_axis)
     with jax.set_mesh(mesh):
         call = {
-            name: jax.tree.map(lambda a, s=specs[name]: jax.device_put(a, NamedSharding(mesh, s)), v)
+            name: jax.tree.map(
+                lambda a, s=specs[name]: jax.device_put(a, NamedSharding(mesh, s)), v
+            )
             for name, v in call.items()
         }
         result = jax.jit(lambda call: results(dequant_rope_quant_kvcache(**call)))(call)
@@ -129,7 +131,9 @@ def test_the_right_order_said_without_jaxs_checks():
 @pytest.mark.parametrize("order", ["plain", "interleaved"])
 def test_no_order_said_warns(order):
     call = whole() if order == "plain" else interleaved(whole())
-    message = r"heads over \{'tp': 2\}, each device needs .* `qkv_shards=2`, or pass `x`, .*\(q, k, v"
+    message = (
+        r"heads over \{'tp': 2\}, each device needs .* `qkv_shards=2`, or pass `x`, .*\(q, k, v"
+    )
     with pytest.warns(UserWarning, match=message) as warned:
         result = in_shard_map(call)
     assert len(warned) == 1
@@ -146,14 +150,14 @@ def test_the_wrong_order_said(shards):
 
 
 def test_the_wrong_order_said_without_jaxs_checks():
-    with pytest.raises(ValueError, match="must be 1 or 2 or 4 inside .*got 3"):
+    with pytest.raises(ValueError, match=r"must be 1 or 2 or 4 inside .*got 3"):
         in_shard_map(whole(), check_vma=False, qkv_shards=3)
 
 
 def test_interleaved_outside_shard_map():
     mesh = jax.make_mesh((1, 2), ("dp", "tp"), (AxisType.Explicit,) * 2)
     for on in (jax.set_mesh(mesh), warnings.catch_warnings()):
-        with on, pytest.raises(ValueError, match="1 or None outside .*plain order.* got 2. Undo"):
+        with on, pytest.raises(ValueError, match=r"1 or None outside .*plain order.* got 2. Undo"):
             dequant_rope_quant_kvcache(**interleaved(whole()), qkv_shards=2)
 
 
@@ -188,7 +192,9 @@ def test_a_cache_that_knows_all_query_heads():
     np.testing.assert_array_equal(q, expected()[0])
     with pytest.warns(UserWarning, match="nothing says that `x` has them"):
         cache_in_shard_map(interleaved(whole()), Nq, False)
-    with pytest.raises(ValueError, match=r"Nq = `num_q_heads` = 5, or a device's share over .*Nq = 2"):
+    with pytest.raises(
+        ValueError, match=r"Nq = `num_q_heads` = 5, or a device's share over .*Nq = 2"
+    ):
         cache_in_shard_map(interleaved(whole()), 5, True, qkv_shards=2)
 
 

@@ -177,7 +177,7 @@ CASES = {
     "num_q_heads": (
         {"num_q_heads": 5},
         ValueError,
-        r"H = \(Nq \+ 2\*Nkv\) \* D = 576 with Nq = `num_q_heads` = 5, .*got H = 512, which is Nq = 4",
+        r"D = 576 with Nq = `num_q_heads` = 5, .*got H = 512, which is Nq = 4",
     ),
     "num_q_heads_type": (
         {"num_q_heads": True},
