@@ -29,3 +29,18 @@ def assert_in_place(compiled, cache_elements, caches=2):
 def native_calls(text):
     """How many calls of the operator's native target there are."""
     return text.count('custom_call_target="dequant_rope_quant_kvcache"')
+
+
+def fusions(text):
+    """The names of each fused computation's instructions, without their numbers."""
+    found, inside = {}, None
+    for line in text.splitlines():
+        if line.startswith("%") and line.endswith("{"):
+            inside = line[1:].split(" ", 1)[0] if "fused" in line.split("(", 1)[0] else None
+            if inside:
+                found[inside] = set()
+        elif line.startswith("}"):
+            inside = None
+        elif inside and (match := re.match(r"\s+(?:ROOT )?%?([\w-]+?)(?:\.[\d.]+)? = ", line)):
+            found[inside].add(match[1])
+    return found
