@@ -23,6 +23,7 @@ LAYERS = [
     "ops.checks",
     "ops.operands",
     "backends",
+    "export",
     "ops.implementation",
     "mesh",
     "ops.operator",

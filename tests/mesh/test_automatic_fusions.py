@@ -4,14 +4,14 @@ It merges `dynamic-slice.N`, the partitioner's name, with `dynamic_slice.N`, JAX
 that calls itself: the program never ends.
 """
 
-import jax
 import pytest
 from support import automatic, hlo, process
 
 
 @pytest.mark.parametrize("name", automatic.STEPS)
 def test_no_fusion_has_both_names(name):
-    compiled = jax.jit(automatic.decode).lower(*automatic.placed(automatic.STEPS[name])).compile()
+    step = automatic.STEPS[name]
+    compiled = automatic.over_devices(step).lower(*automatic.placed(step)).compile()
     fusions = hlo.fusions(compiled.as_text())
     assert fusions, "the text is read wrongly"
     both = [f for f, names in fusions.items() if {"dynamic-slice", "dynamic_slice"} <= names]

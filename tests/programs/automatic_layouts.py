@@ -9,7 +9,7 @@ from support import automatic  # noqa: E402
 
 for name, step in automatic.STEPS.items():
     expected = jax.jit(automatic.decode)(*automatic.arguments(step))
-    out, cache = jax.jit(automatic.decode)(*automatic.placed(step))
+    out, cache = automatic.over_devices(step)(*automatic.placed(step))
     for got, want in zip(jax.tree.leaves(cache), jax.tree.leaves(expected[1]), strict=True):
         np.testing.assert_array_equal(got, want, err_msg=name)
     attended = [np.asarray(a, np.float32) for a in (out, expected[0])]

@@ -1,5 +1,6 @@
 """Decode steps in automatic mode over a 2 x 2 mesh, with tokens and caches in several layouts."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -33,11 +34,23 @@ STEPS = {
 B, Nkv, Nq = 4, 2, 4
 
 
-def decode(cache, x, positions, weight_scale, optionals):
+def decode(cache, x, positions, weight_scale, optionals, q_sharding=None):
     S, D = x.shape[1], cache.k_cache.shape[-1]
     cos, sin = rope_tables(positions[:, None] + jnp.arange(S, dtype=jnp.int32)[None], D)
     q, cache = cache.update(x, cos, sin, positions, weight_scale=weight_scale, **optionals)
+    if q_sharding is not None:
+        q = jax.lax.with_sharding_constraint(q, q_sharding)
     return decode_attention(q, cache, positions + S), cache
+
+
+def mesh():
+    return jax.make_mesh((2, 2), ("dp", "tp"), (AxisType.Auto,) * 2)
+
+
+def over_devices(step):
+    """`decode`, jitted, with q where the cache is: tokens that are elsewhere are cut for it."""
+    where = NamedSharding(mesh(), P(step.sequences, None, step.heads))
+    return jax.jit(functools.partial(decode, q_sharding=where))
 
 
 def arguments(step):
@@ -60,7 +73,6 @@ def arguments(step):
 
 def placed(step):
     """The arguments over four devices."""
-    mesh = jax.make_mesh((2, 2), ("dp", "tp"), (AxisType.Auto,) * 2)
     codes, channels, tokens = P(step.sequences, None, step.heads), P(step.heads), P(step.tokens)
     cache, x, positions, weight_scale, optionals = arguments(step)
     where = (
@@ -71,4 +83,6 @@ def placed(step):
         {name: tokens if name == "activation_scale" else P() for name in optionals},
     )
     values = (cache, x, positions, weight_scale, optionals)
-    return jax.tree.map(lambda a, spec: jax.device_put(a, NamedSharding(mesh, spec)), values, where)
+    return jax.tree.map(
+        lambda a, spec: jax.device_put(a, NamedSharding(mesh(), spec)), values, where
+    )

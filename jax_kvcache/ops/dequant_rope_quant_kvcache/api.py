@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.export
 import jax.numpy as jnp
 from jax import lax
 
+from jax_kvcache.export import register_namedtuple_serialization
 from jax_kvcache.ops.dequant_rope_quant_kvcache.checks import (
     Call,
     Sizes,
@@ -25,6 +25,7 @@ from jax_kvcache.ops.slots import batch_slots, flat_batch_slots, rebase, shard_s
 Columns = jax.Array | tuple[jax.Array, jax.Array, jax.Array]  # as one array, or (q, k, v)
 
 
+@register_namedtuple_serialization
 class DequantRopeQuantKvcacheResult(NamedTuple):
     """What `dequant_rope_quant_kvcache` returns."""
 
@@ -33,12 +34,6 @@ class DequantRopeQuantKvcacheResult(NamedTuple):
     v: jax.Array | None
     k_cache: jax.Array
     v_cache: jax.Array
-
-
-# So that an exported function may return it.
-jax.export.register_namedtuple_serialization(
-    DequantRopeQuantKvcacheResult, serialized_name="jax_kvcache.DequantRopeQuantKvcacheResult"
-)
 
 
 def _slots(call: Call, sizes: Sizes) -> jax.Array:
@@ -53,11 +48,12 @@ def _slots(call: Call, sizes: Sizes) -> jax.Array:
         slots = indices.reshape(-1)
         if call.axes:
             shards = (lax.axis_size(call.axes),)
-            slots = shard_slots(slots, (sizes.C1 * sizes.C2,), (call.axes,), shards)
+            rows = (sizes.C1 * sizes.C2,)
+            slots = shard_slots(slots, rows, (call.axes,), shards, keep_past=True)
     if call.layer is None:
         return slots
     layer = jnp.where(call.layer.exists, call.layer.number, jnp.int32(-1))
-    return rebase(slots, layer, sizes.C1 * sizes.C2)
+    return rebase(slots, layer, sizes.C1 * sizes.C2, keep_past=True)
 
 
 def canonical_operands(call: Call) -> tuple[Operands, Sizes]:
