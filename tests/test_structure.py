@@ -23,6 +23,7 @@ LAYERS = [
     "ops.checks",
     "ops.operands",
     "backends",
+    "export",
     "ops.implementation",
     "mesh",
     "ops.operator",
@@ -51,7 +52,7 @@ ALLOWED_RUNS: dict[tuple[tuple[str, ...], str], str] = {
             "ops.dequant_rope_quant_kvcache.api",
             "ops.dequant_rope_quant_kvcache.explain",
         ),
-        'quant_mode: Literal["static"] = "static",',
+        "bias: Columns | None = None,",
     ): "explain has the operator's signature",
 }
 

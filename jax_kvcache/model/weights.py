@@ -159,5 +159,6 @@ def new_cache(model: Model, batch: int) -> KVCache:
         config.n_kv_heads,
         config.head_dim,
         layers=config.n_layers,
+        num_q_heads=config.n_q_heads,
         **model.cache_params,
     )

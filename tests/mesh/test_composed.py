@@ -65,10 +65,11 @@ def expected():
     return q, *(np.stack(c) for c in zip(*after, strict=True))
 
 
-def update(implementation, caches, step, params):
+def update(implementation, caches, step, params, qkv_shards=None):
     result = dequant_rope_quant_kvcache(
-        **step, **params, k_cache=caches[0], v_cache=caches[1], implementation=implementation
-    )
+        **step, **params, k_cache=caches[0], v_cache=caches[1], implementation=implementation,
+        qkv_shards=qkv_shards,
+    )  # fmt: skip
     return (result.k_cache, result.v_cache), result.q
 
 
@@ -160,7 +161,7 @@ def test_global(kind, loop, implementation):
 @pytest.mark.parametrize("loop", [scan_of_vmap, vmap_of_scan, scan_of_shard_map])
 def test_manual(loop, implementation):
     mesh = jax.make_mesh((2, 2), ("dp", "tp"), (AxisType.Auto,) * 2)
-    one = functools.partial(update, implementation)
+    one = functools.partial(update, implementation, qkv_shards=2)
     if loop is scan_of_shard_map:
         function = functools.partial(loop, mesh, one)
     else:

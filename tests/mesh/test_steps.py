@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from support import layouts
+from support import hlo, layouts
 from support.layouts import TABLE
 
 from jax_kvcache import (
@@ -204,7 +204,7 @@ def test_what_moves(shape):
         compiled = attend.lower(
             jax.device_put(q, NamedSharding(mesh, queries)), place(cache, where, mesh)
         ).compile()
-        return layouts.collective_bytes(compiled.as_text())
+        return hlo.collective_bytes(compiled.as_text())
 
     assert moved("batch_heads", P("dp", None, "tp")) == 0
     assert moved("heads", P(None, None, "tp")) == 0

@@ -48,3 +48,18 @@ def collective_bytes(text):
         for shape, _ in collectives(text)
         for _, bits, dims in _ARRAY.findall(shape)
     )
+
+
+def fusions(text):
+    """The names of each fused computation's instructions, without their numbers."""
+    found, inside = {}, None
+    for line in text.splitlines():
+        if line.startswith("%") and line.endswith("{"):
+            inside = line[1:].split(" ", 1)[0] if "fused" in line.split("(", 1)[0] else None
+            if inside:
+                found[inside] = set()
+        elif line.startswith("}"):
+            inside = None
+        elif inside and (match := re.match(r"\s+(?:ROOT )?%?([\w-]+?)(?:\.[\d.]+)? = ", line)):
+            found[inside].add(match[1])
+    return found
