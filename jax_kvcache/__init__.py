@@ -8,6 +8,8 @@ from jax_kvcache.attention import decode_attention as decode_attention
 from jax_kvcache.cache import KVCache as KVCache
 from jax_kvcache.cache import PagedKVCache as PagedKVCache
 from jax_kvcache.cache import slots_from_block_table as slots_from_block_table
+from jax_kvcache.rope import RopePermutation as RopePermutation
+from jax_kvcache.rope import permute_for_rope as permute_for_rope
 from jax_kvcache.rope import rope_tables as rope_tables
 from jax_kvcache.sharding import (
     deinterleave_qkv_for_tensor_parallel as deinterleave_qkv_for_tensor_parallel,
