@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from jax_kvcache._checks import INT32_MAX
+from jax_kvcache.ops.slots import INT32_MAX
 from jax_kvcache.rope_parameters import RopeParameters, read_rope_parameters
 
 # floor(2**192 / (2 * pi)), from the decimal expansion of pi.

@@ -11,10 +11,12 @@ import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from jax_kvcache import _ffi
+from jax_kvcache import backends
+from jax_kvcache.backends import library
 from jax_kvcache.cli import CommandError
 from jax_kvcache.cli import bench_cases as cases
 from jax_kvcache.cli.output import figure_file
+from jax_kvcache.ops.dequant_rope_quant_kvcache.primitive import NAME
 
 ROTATED_BYTES = 256 << 20  # several last-level caches: buffers this far apart come from memory
 ROUND_SECONDS = 0.01  # one contestant's share of a round; long enough for the clock
@@ -108,7 +110,7 @@ def _contestants(case: cases.Case, rotate: bool) -> dict[str, Contestant]:
     }
     if case.form == "call":
         found["empty"] = Contestant(steps["empty"], cases.make_caches(case), inputs)
-        step = cases.memcpy_step(case, _ffi.worth_threads(case.bytes_per_native_call))
+        step = cases.memcpy_step(case, library.worth_threads(case.bytes_per_native_call))
         for name, size in (("memcpy", case.bytes_moved), ("half_memcpy", case.bytes_moved // 2)):
             state = cases.make_caches(case), jnp.zeros(size, jnp.uint8)
             copied = [(values, jnp.full(size, i, jnp.uint8)) for i, values in enumerate(inputs)]
@@ -164,7 +166,7 @@ def measure(case: cases.Case, rounds: int, rotate: bool = False, progress=None) 
     return {
         "microseconds": us,
         "bytes": case.bytes_moved,
-        "threads": _ffi.worth_threads(case.bytes_per_native_call),
+        "threads": library.worth_threads(case.bytes_per_native_call),
         "gigabytes_per_second": case.bytes_moved / us["ffi"] / 1e3,
         "page_faults": found["ffi"].page_faults(),
         "ratios": ratios,
@@ -175,12 +177,11 @@ def run(arguments: argparse.Namespace) -> None:
     """Measures and prints."""
     if arguments.rounds < 1:
         raise CommandError(f"`--rounds` must be at least 1, got {arguments.rounds}.")
-    if reason := _ffi.unavailable("cpu"):
+    if reason := backends.unavailable("cpu", NAME):
         raise CommandError(f"nothing to measure: {reason}.")
     if jax.default_backend() != "cpu":
         raise CommandError("the benchmark is of the CPU kernel: set JAX_PLATFORMS=cpu.")
-    for name in (cases.EMPTY, cases.MEMCPY):
-        _ffi.register(name, name, "cpu")
+    cases.register_comparisons()
     with figure_file(arguments.plot) as pyplot:
         report = _measure_all(arguments)
         if pyplot is not None:
@@ -197,7 +198,7 @@ def _measure_all(arguments: argparse.Namespace) -> dict:
             results[name] = measure(
                 cases.CASES[name], arguments.rounds, arguments.rotate, lambda: bar.update()
             )
-    return {"simd": _ffi.simd(), "rotate": arguments.rotate, "shapes": results}
+    return {"simd": library.simd(), "rotate": arguments.rotate, "shapes": results}
 
 
 def _table(report: dict) -> str:

@@ -1,5 +1,6 @@
 """What the benchmark runs: the shapes, their inputs, and one step per contestant."""
 
+import ctypes
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -8,13 +9,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_kvcache import KVCache, _ffi, dequant_rope_quant_kvcache
-from jax_kvcache._checks import Call
-from jax_kvcache._op import canonical_operands
-from jax_kvcache._primitive import native_operands
+from jax_kvcache.backends import library
+from jax_kvcache.caches import KVCache
+from jax_kvcache.ops.dequant_rope_quant_kvcache.api import (
+    canonical_operands,
+    dequant_rope_quant_kvcache,
+)
+from jax_kvcache.ops.dequant_rope_quant_kvcache.checks import Call
+from jax_kvcache.ops.dequant_rope_quant_kvcache.reference import Operands, Results
+from jax_kvcache.ops.operands import aliases, flattened
 
-EMPTY = f"{_ffi.TARGET}_empty"
+EMPTY = "dequant_rope_quant_kvcache_empty"
 MEMCPY = "jax_kvcache_memcpy"
+
+
+def register_comparisons() -> None:
+    """Registers the custom calls that the operator is compared with, from their own library."""
+    handlers = ctypes.CDLL(str(library.path(library.BENCH_NAME)))
+    for name in (EMPTY, MEMCPY):
+        handler = jax.ffi.pycapsule(getattr(handlers, name))
+        jax.ffi.register_ffi_target(name, handler, platform="cpu")
 
 
 class Case(NamedTuple):
@@ -201,18 +215,18 @@ def bare_call(target, caches, inputs, *, cache_mode, copied=(), **attributes):
     call = Call(
         **inputs, k_cache=caches[0], v_cache=caches[1], kv_output=True, cache_mode=cache_mode
     )
-    operands = native_operands(canonical_operands(call)[0])
+    operands = flattened(canonical_operands(call)[0])
     B, S, H = call.x.shape
     *_, Nkv, D = caches[0].shape
     heads = (H // D - 2 * Nkv, Nkv, Nkv)
     flat = [jax.ShapeDtypeStruct((B * S * n * D,), call.cos.dtype) for n in heads]
     results = [*flat, *caches]
-    aliases = {3: 3, 4: 4}
+    in_place = aliases(Operands, Results)
     if copied:
         results = [copied[1], *results]
-        aliases = {1: 0, 5: 4, 6: 5}
+        in_place = {1: 0} | {operand + 2: result + 1 for operand, result in in_place.items()}
     results = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in results]
-    function = jax.ffi.ffi_call(target, results, input_output_aliases=aliases)
+    function = jax.ffi.ffi_call(target, results, input_output_aliases=in_place)
     *copies, q, k, v, k_cache, v_cache = function(*copied, *operands, **attributes)
     outputs = [a.reshape(B, S, n, D) for a, n in zip((q, k, v), heads, strict=True)]
     return outputs, (k_cache, v_cache), *copies

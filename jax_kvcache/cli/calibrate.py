@@ -9,9 +9,9 @@ from tqdm import tqdm
 from jax_kvcache import numerics
 from jax_kvcache.cli import CommandError, read_file
 from jax_kvcache.cli.output import figure_file, output_file
+from jax_kvcache.model import calibrate as observed
 from jax_kvcache.model import load_model
 from jax_kvcache.model.evaluate import cut_windows
-from jax_kvcache.numerics import demo_model
 
 _COLORS = {"k": "#0072B2", "v": "#D55E00"}  # Okabe-Ito: blue, vermilion
 
@@ -70,7 +70,7 @@ def _calibrate(arguments, texts):
     windows = cut_windows(texts, model.config.context)
     if not windows.targets.any():
         raise CommandError("the text must have at least 2 bytes, got fewer.")
-    channels = demo_model.channels(model)
+    channels = observed.channels(model)
 
     def batches(description):
         pairs = zip(*windows, strict=True)
@@ -88,12 +88,12 @@ def _calibrate(arguments, texts):
     except ValueError as error:
         raise CommandError(str(error)) from error
     for tokens, targets in batches("observe"):
-        observers = demo_model.observe_windows(model, observers, tokens, targets)
+        observers = observed.observe_windows(model, observers, tokens, targets)
         jax.block_until_ready(observers)  # so that the bar shows work done
     calibrations = numerics.calibrate(observers, **how)
     errors = {name: numerics.ErrorObserver.create(channels) for name in "kv"}
     for tokens, targets in batches("measure"):
-        errors = demo_model.measure_windows(model, errors, calibrations, tokens, targets)
+        errors = observed.measure_windows(model, errors, calibrations, tokens, targets)
         jax.block_until_ready(errors)
     ranges = {n: o.range if isinstance(o, numerics.Sketch) else o for n, o in observers.items()}
     return ranges, calibrations, errors

@@ -10,6 +10,7 @@ import numpy as np
 
 from jax_kvcache.model.forward import forward, forward_float
 from jax_kvcache.model.weights import Model, new_cache
+from jax_kvcache.ops.implementation import Implementation
 
 BATCH = 16  # windows that are read together
 
@@ -57,7 +58,7 @@ def window_nll(logits: jax.Array, tokens: jax.Array, targets: jax.Array) -> jax.
 
 @functools.partial(jax.jit, static_argnames="implementation")
 def nll_int8_cache(
-    model: Model, tokens: jax.Array, targets: jax.Array, *, implementation: str | None = None
+    model: Model, tokens: jax.Array, targets: jax.Array, *, implementation: Implementation = None
 ) -> jax.Array:
     """`window_nll` of windows that attention reads back from the int8 cache: [B] float32."""
     cache, start = new_cache(model, tokens.shape[0]), jnp.zeros(tokens.shape[:1], jnp.int32)

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jax_kvcache._op import dequant_rope_quant_kvcache
-from jax_kvcache.attention import decode_attention
-from jax_kvcache.cache import KVCache
+from jax_kvcache.caches import KVCache
 from jax_kvcache.model.weights import Config, Model
+from jax_kvcache.ops.decode_attention.api import decode_attention
+from jax_kvcache.ops.dequant_rope_quant_kvcache.api import dequant_rope_quant_kvcache
+from jax_kvcache.ops.implementation import Implementation
 from jax_kvcache.rope import rope_tables
 
 Weights = dict[str, jax.Array]
@@ -23,7 +24,7 @@ def forward(
     positions: jax.Array,
     *,
     table_dtype: DTypeLike = jnp.bfloat16,
-    implementation: str | None = None,
+    implementation: Implementation = None,
 ) -> tuple[jax.Array, KVCache]:
     """Reads S more bytes of each text; every layer's k and v go through the operator to the cache.
 

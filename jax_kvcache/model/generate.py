@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_kvcache.cache import KVCache
+from jax_kvcache.caches import KVCache
 from jax_kvcache.model.forward import forward, forward_float
 from jax_kvcache.model.weights import Model
+from jax_kvcache.ops.implementation import Implementation
 
 
 class Step(NamedTuple):
@@ -29,7 +30,7 @@ def read(
     key: jax.Array,
     temperature: jax.Array,
     *,
-    implementation: str | None = None,
+    implementation: Implementation = None,
 ) -> tuple[Step, KVCache]:
     """Reads S bytes of each text and chooses the next one.
 
@@ -61,7 +62,7 @@ def generate(
     *,
     temperature: float,
     seed: int,
-    implementation: str | None = None,
+    implementation: Implementation = None,
 ) -> Iterator[Step]:
     """Continues one text, a byte at a time, until the context is full.
 

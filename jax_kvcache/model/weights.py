@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_kvcache.cache import KVCache
+from jax_kvcache.caches import KVCache
 
 _WEIGHT_ONLY = ("wo", "wgate", "wup", "wdown")
 _CACHE_PARAMS = ("scale_k", "scale_v", "offset_k", "offset_v")

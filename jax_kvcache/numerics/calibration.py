@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jax_kvcache._checks import check_choice, check_shape
-from jax_kvcache._reference import quantize_int8
 from jax_kvcache.numerics.observers import MinMax, Sketch, check_channels
+from jax_kvcache.ops.checks import check_choice, check_shape
+from jax_kvcache.ops.dequant_rope_quant_kvcache.reference import quantize_int8
 
 METHODS = ("absmax", "minmax", "percentile", "mse")
 

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jax_kvcache._checks import check_shape
 from jax_kvcache.numerics.calibration import fake_quantize
 from jax_kvcache.numerics.observers import check_same_channels, tokens_first
+from jax_kvcache.ops.checks import check_shape
 
 
 def decibels(signal, noise):

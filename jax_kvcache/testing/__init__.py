@@ -17,7 +17,9 @@ from typing import Any
 
 import jax
 
-from jax_kvcache import _compat, _pjrt, _standin
+from jax_kvcache import _compat
+from jax_kvcache.backends import pjrt
+from jax_kvcache.testing import build
 
 FUNCTIONS = (
     "aclCreateTensor",
@@ -39,7 +41,7 @@ class Standin:
     def __init__(self, toolkit):
         """Loads the device's own library from its toolkit."""
         self.toolkit = toolkit
-        self._lib = ctypes.CDLL(str(toolkit / "lib64" / "libascend_standin.so"))
+        self._lib = ctypes.CDLL(str(toolkit / "lib64" / "libascendbuild.so"))
         self._lib.standin_load.restype = ctypes.c_char_p
         self._lib.standin_register.restype = ctypes.c_char_p
         self._lib.standin_register.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
@@ -61,7 +63,7 @@ class Standin:
     def load_plugin(self, platform_name: str, with_ffi_extension: bool) -> None:
         """Loads XLA's CPU plugin behind the stand-in."""
         error = self._lib.standin_load(
-            str(_standin.cpu_plugin()).encode(), platform_name.encode(), int(with_ffi_extension)
+            str(build.cpu_plugin()).encode(), platform_name.encode(), int(with_ffi_extension)
         )
         if error is not None:
             raise RuntimeError(f"The stand-in cannot use xla-cpu-pjrt: {error.decode()}.")
@@ -70,7 +72,7 @@ class Standin:
         """Registers an FFI target, as `jax.ffi.register_ffi_target` asks of a plugin's hook."""
         handler = fn["execute"] if isinstance(fn, dict) else fn
         name = name if isinstance(name, bytes) else name.encode()
-        error = self._lib.standin_register(name, _pjrt.capsule_pointer(handler))
+        error = self._lib.standin_register(name, pjrt.capsule_pointer(handler))
         if error is not None:
             raise RuntimeError(error.decode())
 
@@ -184,7 +186,7 @@ def enable_ascend_standin(
         return _enabled[0]
     _check_free()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # the plugin below is talkative
-    standin = Standin(_standin.build())
+    standin = Standin(build.build())
     standin.load_plugin(platform_name, "pjrt" in routes)
     for variable in ("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME", "ASCEND_CUSTOM_OPP_PATH"):
         os.environ.pop(variable, None)

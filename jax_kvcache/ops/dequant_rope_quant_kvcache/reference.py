@@ -1,35 +1,75 @@
 """The operator's arithmetic in jax.numpy, one function per stage, exact to the bit on CPU."""
 
-import math
+import dataclasses
 from functools import partial
-from typing import NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jax_kvcache.ops.implementation import Options
+from jax_kvcache.ops.operands import Operand, Result, is_absent, table
+from jax_kvcache.ops.slots import unravel, unravel_in_bounds
+
 
 class Operands(NamedTuple):
-    """The primitive's 13 operands, in order.
+    """The primitive's operands in order; `ops.operands` explains the dimensions.
 
-    `*g` are the group dimensions (possibly none), `*r` the row dimensions (at least one, C rows
-    in all), `*g'` has the rank of g with each dimension 1 (shared by all groups) or full.
-    An absent optional is a float32 array of shape [0].
+    T tokens per group, H = (Nq + 2*Nkv) * D columns, C = prod(r) rows per group.
     """
 
-    x: jax.Array  # [*g, T, H] int32, float16, bfloat16 or float32
-    cos: jax.Array  # [*g, T, D] float16, bfloat16 or float32
-    sin: jax.Array  # [*g, T, D]
-    k_cache: jax.Array  # [*g, *r, Nkv, D] int8
-    v_cache: jax.Array  # [*g, *r, Nkv, D] int8
-    slots: jax.Array  # [*g, T] int32, flat row number over r; outside [0, C) skips the token
-    scale_k: jax.Array  # [*g', Nkv, D] float32
-    scale_v: jax.Array  # [*g', Nkv, D] float32
-    offset_k: jax.Array  # [*g', Nkv, D] float32 or [0]
-    offset_v: jax.Array  # [*g', Nkv, D] float32 or [0]
-    weight_scale: jax.Array  # [*g', H] float32 or [0]
-    activation_scale: jax.Array  # [*g, T] float32 or [0]
-    bias: jax.Array  # [*g', H] float32, float16, bfloat16, int32 or [0]
+    # int32, float16, bfloat16 or float32
+    x: Annotated[jax.Array, Operand("*g T H")]
+    # float16, bfloat16 or float32
+    cos: Annotated[jax.Array, Operand("*g T D", flat=True)]
+    sin: Annotated[jax.Array, Operand("*g T D", flat=True)]
+    # int8
+    k_cache: Annotated[jax.Array, Operand("*g *r Nkv D", cache=True)]
+    v_cache: Annotated[jax.Array, Operand("*g *r Nkv D", cache=True)]
+    # int32, flat row number over r; outside [0, C) skips the token
+    slots: Annotated[jax.Array, Operand("*g T")]
+    # float32
+    scale_k: Annotated[jax.Array, Operand("*g' Nkv D")]
+    scale_v: Annotated[jax.Array, Operand("*g' Nkv D")]
+    offset_k: Annotated[jax.Array, Operand("*g' Nkv D", optional=True)]
+    offset_v: Annotated[jax.Array, Operand("*g' Nkv D", optional=True)]
+    weight_scale: Annotated[jax.Array, Operand("*g' H", optional=True)]
+    activation_scale: Annotated[jax.Array, Operand("*g T", optional=True)]
+    # float32, float16, bfloat16 or int32
+    bias: Annotated[jax.Array, Operand("*g' H", optional=True)]
+
+
+_PROJECTION = ("x", "cos", "sin", "weight_scale", "activation_scale", "bias")
+_Q = Result("*g T Nq D", dtype_of="cos", reads=_PROJECTION, flat=True)
+_KV = Result("*g T Nkv D", dtype_of="cos", reads=_PROJECTION, flat=True, option="kv_output")
+
+
+class Results(NamedTuple):
+    """The primitive's results in order; k and v are [0] unless they are wanted."""
+
+    q: Annotated[jax.Array, _Q]
+    k: Annotated[jax.Array, _KV]
+    v: Annotated[jax.Array, _KV]
+    k_cache: Annotated[jax.Array, Result("*g *r Nkv D", dtype_of="k_cache", aliases="k_cache")]
+    v_cache: Annotated[jax.Array, Result("*g *r Nkv D", dtype_of="v_cache", aliases="v_cache")]
+
+
+@dataclasses.dataclass(frozen=True)
+class WriteOptions(Options):
+    """The primitive's static parameters.
+
+    Attributes:
+      kv_output: whether k and v are results.
+      indices_mode: "drop" or "promise_in_bounds".
+    """
+
+    kv_output: bool
+    indices_mode: str
+
+    def attributes(self) -> dict[str, Any]:
+        """What the native target takes beside its operands."""
+        return {"kv_output": self.kv_output}
 
 
 def _round(product):
@@ -125,15 +165,7 @@ def write_rows(cache, slots, rows, mode):
     """
     group_rank = slots.ndim - 1
     row_dims = cache.shape[group_rank:-2]
-    if mode == "drop":  # JAX's scatter wraps negative indices, also in drop mode
-        capacity = jnp.asarray(math.prod(row_dims), jnp.int32)
-        slots = jnp.where((slots >= 0) & (slots < capacity), slots, capacity)
-    index: list[jax.Array] = []
-    for size in reversed(row_dims[1:]):
-        size = jnp.asarray(size, jnp.int32)
-        index.append(slots % size)
-        slots = slots // size
-    index = [slots, *reversed(index)]
+    index = unravel(slots, row_dims) if mode == "drop" else unravel_in_bounds(slots, row_dims)
 
     def write_group(cache, index, rows):
         return cache.at[tuple(index)].set(rows, mode=mode)
@@ -143,19 +175,15 @@ def write_rows(cache, slots, rows, mode):
     return write_group(cache, index, rows)
 
 
-def dequant_rope_quant_kvcache_reference(*operands, kv_output, indices_mode):
-    """The whole operator on the primitive's operands; see `Operands` for shapes and dtypes.
-
-    Returns:
-      q [*g, T, Nq, D], k and v [*g, T, Nkv, D] ([0] unless `kv_output`), k_cache, v_cache.
-    """
-    ops = Operands(*operands)
+def dequant_rope_quant_kvcache_reference(operands: Operands, options: WriteOptions) -> Results:
+    """The whole operator on the primitive's operands."""
+    ops = operands
     num_kv_heads, head_dim = ops.k_cache.shape[-2:]
     dtype = ops.cos.dtype
     optional = {
-        name: value if value.shape != (0,) else None
+        name: None if is_absent(value) else value
         for name, value in ops._asdict().items()
-        if name in ("offset_k", "offset_v", "weight_scale", "activation_scale", "bias")
+        if table(Operands)[name].optional
     }
     if ops.x.dtype == jnp.int32:
         y = dequantize(
@@ -172,9 +200,9 @@ def dequant_rope_quant_kvcache_reference(*operands, kv_output, indices_mode):
     )
     q, k = rotated[..., :-num_kv_heads, :], rotated[..., -num_kv_heads:, :]
     v = heads[..., -num_kv_heads:, :]
-    write = partial(write_rows, slots=ops.slots, mode=indices_mode)
+    write = partial(write_rows, slots=ops.slots, mode=options.indices_mode)
     k_cache = write(ops.k_cache, rows=quantize_int8(k, ops.scale_k, optional["offset_k"]))
     v_cache = write(ops.v_cache, rows=quantize_int8(v, ops.scale_v, optional["offset_v"]))
     empty = jnp.zeros((0,), dtype)
-    k, v = (k.astype(dtype), v.astype(dtype)) if kv_output else (empty, empty)
-    return q.astype(dtype), k, v, k_cache, v_cache
+    k, v = (k.astype(dtype), v.astype(dtype)) if options.kv_output else (empty, empty)
+    return Results(q.astype(dtype), k, v, k_cache, v_cache)

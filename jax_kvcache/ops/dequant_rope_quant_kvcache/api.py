@@ -1,14 +1,23 @@
 """The public function: argument checks, the canonical form, and what comes back."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import jax
 import jax.export
 import jax.numpy as jnp
 
-from jax_kvcache._checks import Call, Sizes, check_call
-from jax_kvcache._primitive import dequant_rope_quant_kvcache_canonical
-from jax_kvcache._reference import Operands
+from jax_kvcache.ops.dequant_rope_quant_kvcache.checks import (
+    Call,
+    Sizes,
+    check_call,
+    has_rows_per_batch,
+)
+from jax_kvcache.ops.dequant_rope_quant_kvcache.primitive import bind
+from jax_kvcache.ops.dequant_rope_quant_kvcache.reference import Operands, WriteOptions
+from jax_kvcache.ops.implementation import Implementation
+from jax_kvcache.ops.operands import absent
+from jax_kvcache.ops.slots import batch_slots, flat_batch_slots, rebase
 
 
 class DequantRopeQuantKvcacheResult(NamedTuple):
@@ -27,56 +36,40 @@ jax.export.register_namedtuple_serialization(
 )
 
 
-def contiguous_rows(indices, S, C2):
-    """Row of each token within its own batch's cache, -1 where it does not fit.
-
-    Args:
-      indices: [B] int32 start rows.
-      S: tokens per batch.
-      C2: rows per batch.
-
-    Returns:
-      [B, S] int32: indices[b] + s, or -1 when the start is negative or the row is C2 or more.
-    """
-    step = jnp.arange(S, dtype=jnp.int32)[None, :]
-    start = indices[:, None]
-    valid = (start >= 0) & (start <= jnp.asarray(C2 - 1, jnp.int32) - step)
-    return jnp.where(valid, start + step, jnp.full_like(step, -1))
-
-
-def _slots(indices, sizes, cache_mode, per_batch):
-    """The flat slot of each token, over its batch's rows ([B, S]) or over all rows ([T])."""
-    if cache_mode == "page":
-        return indices.reshape(-1)
+def _slots(call: Call, sizes: Sizes) -> jax.Array:
+    """The slot of each token: [B, S] over its batch's rows, or [T] over all rows."""
+    indices = jnp.asarray(call.indices)
     S = 1 if sizes.S is None else sizes.S
-    if per_batch and S == 1:  # nothing to add, and a slot outside the rows is skipped anyway
-        return indices.reshape(-1, 1)
-    rows = contiguous_rows(indices.reshape(-1), S, sizes.C2)
-    if per_batch:
-        return rows
-    base = jnp.arange(sizes.B, dtype=jnp.int32)[:, None] * jnp.asarray(sizes.C2, jnp.int32)
-    return jnp.where(rows >= 0, base + rows, jnp.full_like(rows, -1)).reshape(-1)
+    if has_rows_per_batch(call):
+        return batch_slots(indices, S, sizes.C2)
+    if call.cache_mode == "page":
+        slots = indices.reshape(-1)
+    else:
+        slots = flat_batch_slots(indices, sizes.B, S, sizes.C2)
+    if call.layer is None:
+        return slots
+    layer = jnp.where(call.layer.exists, call.layer.number, jnp.int32(-1))
+    return rebase(slots, layer, sizes.C1 * sizes.C2)
 
 
-def canonical_operands(call: Call, *, one_slot_space=False) -> tuple[Operands, Sizes]:
+def canonical_operands(call: Call) -> tuple[Operands, Sizes]:
     """Checks a call of the public function and puts it in the primitive's form.
 
-    Contiguous with C1 == B: groups (B,), rows (C2,). Page, contiguous with C1 > B, and everything
-    with `one_slot_space`: no groups, rows (C1, C2). The caches stay as they are; a reshape would
-    copy them.
+    Contiguous with C1 == B: groups (B,), rows (C2,). Page, and contiguous with C1 > B: no groups,
+    rows (C1, C2). One layer of many: no groups, rows (L, C1, C2). The caches stay as they are; a
+    reshape would copy them.
     """
     sizes = check_call(call)
-    per_batch = call.cache_mode == "contiguous" and sizes.C1 == sizes.B and not one_slot_space
+    per_batch = has_rows_per_batch(call)
     S = 1 if sizes.S is None else sizes.S
     tokens = (sizes.B, S) if per_batch else (sizes.B * S,)
-    absent = jnp.zeros((0,), jnp.float32)
 
     def per_token(value, *trailing):
         return jnp.asarray(value).reshape(*tokens, *trailing)
 
     def parameter(value, *shape):
         if value is None:
-            return absent
+            return absent()
         return jnp.asarray(value).reshape((1, *shape) if per_batch else shape)
 
     is_accumulator = call.x.dtype == jnp.int32
@@ -88,40 +81,60 @@ def canonical_operands(call: Call, *, one_slot_space=False) -> tuple[Operands, S
         sin=per_token(call.sin, sizes.D),
         k_cache=call.k_cache,
         v_cache=call.v_cache,
-        slots=_slots(jnp.asarray(call.indices), sizes, call.cache_mode, per_batch),
+        slots=_slots(call, sizes),
         scale_k=parameter(call.scale_k, *heads),
         scale_v=parameter(call.scale_v, *heads),
         offset_k=parameter(call.offset_k, *heads),
         offset_v=parameter(call.offset_v, *heads),
         weight_scale=parameter(call.weight_scale if is_accumulator else None, sizes.H),
-        activation_scale=absent if activation_scale is None else per_token(activation_scale),
+        activation_scale=absent() if activation_scale is None else per_token(activation_scale),
         bias=parameter(call.bias if is_accumulator else None, sizes.H),
     )
     return operands, sizes
 
 
+def run(call: Call) -> DequantRopeQuantKvcacheResult:
+    """Checks a call and runs it: the one way in, for whole caches and for one layer of many."""
+    operands, sizes = canonical_operands(call)
+    options = WriteOptions(
+        implementation=call.implementation,
+        kv_output=bool(call.kv_output),
+        indices_mode=str(call.indices_mode),
+    )
+    q, k, v, k_cache, v_cache = bind(operands, options)
+
+    def heads(tokens: jax.Array, num_heads: int) -> jax.Array:
+        return tokens.reshape(*sizes.tokens, num_heads, sizes.D)
+
+    q = heads(q, sizes.Nq)
+    if not call.kv_output:
+        return DequantRopeQuantKvcacheResult(q, None, None, k_cache, v_cache)
+    k, v = heads(k, sizes.Nkv), heads(v, sizes.Nkv)
+    return DequantRopeQuantKvcacheResult(q, k, v, k_cache, v_cache)
+
+
 def dequant_rope_quant_kvcache(
-    x,
-    cos,
-    sin,
-    k_cache,
-    v_cache,
-    indices,
-    scale_k,
-    scale_v,
-    size_splits=None,
+    x: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    k_cache: jax.Array,
+    v_cache: jax.Array,
+    indices: jax.Array,
+    scale_k: jax.Array,
+    scale_v: jax.Array,
+    size_splits: Sequence[int] | None = None,
     *,
-    offset_k=None,
-    offset_v=None,
-    weight_scale=None,
-    activation_scale=None,
-    bias=None,
-    quant_mode="static",
-    layout="BSND",
-    kv_output=False,
-    cache_mode="contiguous",
-    indices_mode="drop",
-    implementation=None,
+    offset_k: jax.Array | None = None,
+    offset_v: jax.Array | None = None,
+    weight_scale: jax.Array | None = None,
+    activation_scale: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    quant_mode: Literal["static"] = "static",
+    layout: Literal["BSND"] = "BSND",
+    kv_output: bool = False,
+    cache_mode: Literal["contiguous", "page"] = "contiguous",
+    indices_mode: Literal["drop", "promise_in_bounds"] = "drop",
+    implementation: Implementation = None,
 ) -> DequantRopeQuantKvcacheResult:
     """Dequantises a fused qkv projection, rotates q and k, and writes int8 k and v into the cache.
 
@@ -192,21 +205,10 @@ def dequant_rope_quant_kvcache(
         lone offset, or more than 2**31 - 1 rows.
       NotImplementedError: `implementation="ffi"` where there is no native target; differentiation.
     """
-    call = Call(
-        x, cos, sin, k_cache, v_cache, indices, scale_k, scale_v, size_splits,
-        offset_k, offset_v, weight_scale, activation_scale, bias,
-        quant_mode, layout, kv_output, cache_mode, indices_mode, implementation,
+    return run(
+        Call(
+            x, cos, sin, k_cache, v_cache, indices, scale_k, scale_v, size_splits,
+            offset_k, offset_v, weight_scale, activation_scale, bias,
+            quant_mode, layout, kv_output, cache_mode, indices_mode, implementation,
+        )
     )  # fmt: skip
-    operands, sizes = canonical_operands(call)
-    q, k, v, k_cache, v_cache = dequant_rope_quant_kvcache_canonical(
-        operands,
-        kv_output=bool(kv_output),
-        indices_mode=indices_mode,
-        implementation=implementation,
-    )
-    q = q.reshape(*sizes.tokens, sizes.Nq, sizes.D)
-    if kv_output:
-        k, v = (a.reshape(*sizes.tokens, sizes.Nkv, sizes.D) for a in (k, v))
-    else:
-        k = v = None
-    return DequantRopeQuantKvcacheResult(q, k, v, k_cache, v_cache)

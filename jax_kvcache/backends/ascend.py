@@ -1,53 +1,61 @@
-"""The Ascend platform: registering with its plugin, what the operator takes, what it is given."""
+"""The Ascend backend: registering with its plugin, what its operator takes, what it is given."""
 
 import ctypes
+import dataclasses
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jax_kvcache import _compat, _pjrt
+from jax_kvcache import _compat
+from jax_kvcache.backends import library, pjrt
+from jax_kvcache.backends.backend import Backend, Target
+from jax_kvcache.ops.operands import group_rank_of, is_absent, table
+from jax_kvcache.ops.slots import INT32_MAX, group_slots
 
 PLATFORMS = ("ascend", "ASCEND")
 """The public plugin registers as the first, and its client reports the second: each keys rules."""
 
-INT32_MAX = 2**31 - 1
 MAX_WIDTH = 4096
 """Of H, documented. So Nkv*D stays below 2048, where the published kernel's stride overflows."""
-
-_library: ctypes.CDLL | None = None
-_through_jax: str | None = "it was not tried"  # why not, or None
-_through_pjrt: str | None = "no Ascend PJRT plugin was found in this process"
 
 
 # Registration
 
 
-def register(library: ctypes.CDLL, target: str) -> None:
-    """Registers the handler with the Ascend plugin, now or when JAX discovers it.
+@dataclasses.dataclass
+class _Routes:
+    """The two ways to register: for each None where it worked, or why it did not."""
 
-    Args:
-      library: the native library.
-      target: the FFI target's name.
-    """
-    global _library, _through_jax
-    _library = library
-    library.jax_kvcache_cann.argtypes = [ctypes.POINTER(ctypes.c_char_p)]
-    capsule = jax.ffi.pycapsule(library.dequant_rope_quant_kvcache_ascend)
+    through_jax: str | None = "it was not tried"
+    through_pjrt: str | None = "no Ascend PJRT plugin was found in this process"
+
+
+_routes = _Routes()
+
+
+def register(backend: Backend) -> None:
+    """Registers the targets with the Ascend plugin, now or when JAX discovers it."""
+    capsules = {
+        name: jax.ffi.pycapsule(library.symbol(target.symbol))
+        for name, target in backend.targets.items()
+    }
     try:
-        for platform in PLATFORMS:
-            jax.ffi.register_ffi_target(target, capsule, platform=platform)
-        _through_jax = None
+        for name, capsule in capsules.items():
+            for platform in backend.registered_as:
+                jax.ffi.register_ffi_target(name, capsule, platform=platform)
+        _routes.through_jax = None
     except Exception as error:  # whatever the plugin's hook raises
-        _through_jax = f"the plugin's hook raised {type(error).__name__}: {error}"
+        _routes.through_jax = f"the plugin's hook raised {type(error).__name__}: {error}"
 
     def with_plugin(c_api):
-        global _through_pjrt
-        handler = _pjrt.capsule_pointer(capsule)
-        if any(c_api is _compat.plugin_api(name) for name in PLATFORMS):
-            errors = [_pjrt.register_handler(c_api, target, handler, p) for p in PLATFORMS]
-            _through_pjrt = None if None in errors else errors[0]
+        if not any(c_api is _compat.plugin_api(name) for name in PLATFORMS):
+            return
+        for name, capsule in capsules.items():
+            handler = pjrt.capsule_pointer(capsule)
+            errors = [pjrt.register_handler(c_api, name, handler, p) for p in PLATFORMS]
+            _routes.through_pjrt = None if None in errors else errors[0]
 
     _compat.on_plugins_discovered(with_plugin)
 
@@ -55,16 +63,19 @@ def register(library: ctypes.CDLL, target: str) -> None:
 def routes() -> dict[str, str | None]:
     """The ways to register with the plugin: for each None where it worked, or why it did not."""
     hooked = any(map(_compat.has_custom_call_handler, PLATFORMS))
-    through_jax = _through_jax or (None if hooked else "no plugin takes targets from jax.ffi")
-    return {"jax.ffi": through_jax, "PJRT FFI extension": _through_pjrt}
+    not_hooked = None if hooked else "no plugin takes targets from jax.ffi"
+    return {
+        "jax.ffi": _routes.through_jax or not_hooked,
+        "PJRT FFI extension": _routes.through_pjrt,
+    }
 
 
 def cann() -> tuple[bool, str]:
     """Whether CANN's libraries are bound, and their files or every place looked at."""
-    if _library is None:
+    if library.missing() is not None:
         return False, "the native library is not loaded"
     text = ctypes.c_char_p()
-    bound = _library.jax_kvcache_cann(ctypes.byref(text))
+    bound = library.symbol("jax_kvcache_cann")(ctypes.byref(text))
     return bool(bound), (text.value or b"").decode(errors="replace")
 
 
@@ -75,6 +86,8 @@ def plugin() -> str | None:
 
 def unavailable() -> str | None:
     """Why the operator cannot run in this process, or None when it can."""
+    if (missing := library.missing()) is not None:
+        return missing
     if plugin() is None:
         return "this process has no Ascend PJRT plugin"
     reasons = routes()
@@ -133,10 +146,11 @@ def refusal(operands: Any) -> str | None:
     groups = operands.slots.shape[:-1]
     if operands.cos.dtype == jnp.float32:
         return "the operator takes float16 and bfloat16 tables, got float32"
-    for name in ("scale_k", "scale_v", "offset_k", "offset_v", "weight_scale", "bias"):
-        shape = getattr(operands, name).shape
-        if shape != (0,) and any(dim != 1 for dim in shape[: len(groups)]):
-            return f"the operator takes one `{name}`, got one for each group: {shape}"
+    for name, row in table(type(operands)).items():
+        value = getattr(operands, name)
+        shared = row.dims.startswith("*g'") and not is_absent(value)
+        if shared and any(dim != 1 for dim in value.shape[: len(groups)]):
+            return f"the operator takes one `{name}`, got one for each group: {value.shape}"
     rows = operands.k_cache.shape[:-2]
     if all(isinstance(dim, int) for dim in rows) and math.prod(rows) > INT32_MAX:
         return f"the operator's slots are int32, got {math.prod(rows)} rows in all groups"
@@ -153,27 +167,29 @@ def refusal(operands: Any) -> str | None:
 # The operator's operands
 
 
-def flat_slots(slots, rows: int):
-    """Slots over all groups, safe to follow: the operator checks no upper bound.
+def prepare(operands: Any) -> Any:
+    """The primitive's operands as the operator gets them; caches are passed on as they are.
 
-    Args:
-      slots: [*g, T] int32, row in [0, C) of its group; anything else skips the token.
-      rows: C.
-
-    Returns:
-      [*g, T] int32: group * C + slot, or -1.
+    The operator checks no upper bound: its slots, over the rows of all groups, are made safe here.
     """
-    groups, capacity = slots.shape[:-1], jnp.asarray(rows, jnp.int32)
-    group = jnp.arange(math.prod(groups), dtype=jnp.int32).reshape(*groups, 1)
-    inside = (slots >= 0) & (slots < capacity)
-    # Symbolic sizes were not checked: a group whose rows int32 cannot count is not written.
-    inside = inside & (group < INT32_MAX // capacity)
-    base = group * capacity
-    return jnp.where(inside, slots + base, jnp.full_like(slots, -1))
+    rows = math.prod(operands.k_cache.shape[group_rank_of(operands) : -2])
+    return operands._replace(slots=group_slots(operands.slots, rows))
 
 
-def native_operands(operands):
-    """The primitive's operands as the operator gets them; caches are passed on as they are."""
-    groups = len(operands.slots.shape) - 1
-    rows = math.prod(operands.k_cache.shape[groups:-2])
-    return operands._replace(slots=flat_slots(operands.slots, rows))
+ASCEND = Backend(
+    name="ascend",
+    lowered_as=PLATFORMS,
+    registered_as=PLATFORMS,
+    reported_as=PLATFORMS,
+    targets={
+        "dequant_rope_quant_kvcache": Target(
+            "dequant_rope_quant_kvcache_ascend", refusal=refusal, prepare=prepare
+        )
+    },
+    unavailable=unavailable,
+    is_here=lambda: plugin() is not None,
+    lowers_elsewhere=True,
+    register=register,
+    report=report,
+)
+_compat.enable_donation(PLATFORMS)  # exporting for Ascend needs no library

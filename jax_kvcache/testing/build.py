@@ -28,7 +28,7 @@ _LIBRARIES = {
 
 def source_folder() -> Path:
     """Where the sources are: in the wheel, or in the checkout."""
-    here = Path(__file__).resolve().parent
+    here = Path(__file__).resolve().parent.parent
     for folder in (here / "_standin_src", here.parent / "ffi" / "standin"):
         if (folder / "plugin.cc").exists():
             return folder

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jax_kvcache._cache_checks import check_caches, check_int32, layer_index
-from jax_kvcache._checks import FLOATS, check_array
-from jax_kvcache.cache import KVCache, PagedKVCache
+from jax_kvcache.caches import KVCache, PagedKVCache
+from jax_kvcache.caches.checks import check_caches, layer_index
+from jax_kvcache.ops.checks import FLOATS, check_array, check_int32
 
 # Rows of each sequence that one step of the loop reads.  Long enough that a step's work hides the
 # loop's cost, short enough that the float32 copy of a chunk stays small beside the cache.
@@ -58,7 +58,7 @@ def decode_attention(
     table = None if block_table is None else check_int32("block_table", block_table, "B, M")
     _check(q, cache, lengths, table, scale)
     at = layer_index(cache.layers, layer)
-    layer = None if at is None else at[0]
+    layer = None if at is None else at.number
     batch, steps, q_heads, head_dim = q.shape
     kv_heads = cache.k_cache.shape[-2]
     scale_k, scale_v, offset_v = cache.scale_k, cache.scale_v, cache.offset_v

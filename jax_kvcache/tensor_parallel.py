@@ -1,6 +1,6 @@
 """What users of several devices need: the tensor-parallel column order, and a shard's own slots."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +8,9 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from jax_kvcache._checks import INT32_MAX, check_array, check_splits
-from jax_kvcache._layout import own_slots
+from jax_kvcache.ops.checks import INT32, check_array
+from jax_kvcache.ops.dequant_rope_quant_kvcache.checks import check_splits
+from jax_kvcache.ops.slots import INT32_MAX, shard_slots
 
 
 def _column_order(width, size_splits, shards) -> np.ndarray:
@@ -68,13 +69,13 @@ def deinterleave_qkv_for_tensor_parallel(
     return w[..., np.argsort(_column_order(w.shape[-1], size_splits, shards))]
 
 
-def local_slots(indices: ArrayLike, rows: int, axis_name: Hashable) -> jax.Array:
+def local_slots(indices: ArrayLike, rows: int, axis_name: str | tuple[str, ...]) -> jax.Array:
     """This device's part of page-mode slots, inside `jax.shard_map` over the cache's blocks.
 
     Args:
       indices: int32 slots of the whole cache.
       rows: rows of this device's shard of the cache, C1 * C2.
-      axis_name: the mesh axis that the blocks are sharded over.
+      axis_name: the mesh axis, or axes, that the blocks are sharded over.
 
     Returns:
       int32 slots of the shard, in the shape of `indices`; -1, which the operator skips, for a slot
@@ -86,11 +87,12 @@ def local_slots(indices: ArrayLike, rows: int, axis_name: Hashable) -> jax.Array
     """
     if isinstance(rows, bool) or not isinstance(rows, int | np.integer):
         raise TypeError(f"`rows` must be an int, got {rows!r}.")
-    check_array("indices", indices, (jnp.dtype("int32"),), (1, 2))
+    check_array("indices", indices, INT32, (1, 2))
     total = int(rows) * lax.axis_size(axis_name)
     if not 1 <= total <= INT32_MAX:
         raise ValueError(
             f"`rows` times the {lax.axis_size(axis_name)} devices of '{axis_name}' must be in "
             f"[1, {INT32_MAX}], got {total}."
         )
-    return own_slots(jnp.asarray(indices), (rows,), (axis_name,), (lax.axis_size(axis_name),))
+    axes = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+    return shard_slots(jnp.asarray(indices), (rows,), (axes,), (lax.axis_size(axis_name),))

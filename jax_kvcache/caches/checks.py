@@ -1,4 +1,4 @@
-"""The checks of what the KV caches and attention are given, and an empty cache's fields."""
+"""The checks of what the KV caches are given, and an empty cache's fields."""
 
 from typing import Any
 
@@ -7,20 +7,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jax_kvcache._checks import (
-    INT32_MAX,
+from jax_kvcache.ops.checks import (
+    INT8,
     check_array,
+    check_int32,
     check_offsets_together,
     check_row_count,
     check_shape,
 )
+from jax_kvcache.ops.dequant_rope_quant_kvcache.checks import Layer
 
 
 def check_caches(cache: Any) -> None:
     """Raises unless the fields of a KVCache or PagedKVCache, however made, fit each other."""
     rank = 4 if cache.layers is None else 5
     for name in ("k_cache", "v_cache"):
-        check_array(name, getattr(cache, name), (jnp.dtype("int8"),), (rank,))
+        check_array(name, getattr(cache, name), INT8, (rank,))
     letters = "C1, C2, Nkv, D" if cache.layers is None else "L, C1, C2, Nkv, D"
     check_shape("v_cache", cache.v_cache, (letters, cache.k_cache.shape))
     if cache.layers is not None and cache.k_cache.shape[0] != cache.layers:
@@ -29,7 +31,7 @@ def check_caches(cache: Any) -> None:
         )
 
 
-def layer_index(layers: int | None, layer: ArrayLike | None) -> tuple[jax.Array, jax.Array] | None:
+def layer_index(layers: int | None, layer: ArrayLike | None) -> Layer | None:
     """Which layer to use, for a cache with layers.
 
     Args:
@@ -37,8 +39,7 @@ def layer_index(layers: int | None, layer: ArrayLike | None) -> tuple[jax.Array,
       layer: an integer scalar; given exactly when the cache has layers.
 
     Returns:
-      None without layers; else an int32 scalar in [0, L), the nearest layer, and whether it is the
-      one that was named.
+      None without layers; else the nearest layer, and whether it is the one that was named.
     """
     if layers is None and layer is not None:
         raise TypeError("`layer` must be None for a cache without layers.")
@@ -52,7 +53,7 @@ def layer_index(layers: int | None, layer: ArrayLike | None) -> tuple[jax.Array,
             raise TypeError(f"`layer` must be an integer scalar, got {layer!r}.")
         if not 0 <= number.item() < layers:
             raise ValueError(f"`layer` must be in [0, {layers}), got {number}.")
-        return jnp.int32(number.item()), jnp.bool_(True)
+        return Layer(jnp.int32(number.item()), jnp.bool_(True))
     if layer.ndim or not jnp.issubdtype(layer.dtype, jnp.integer):
         raise TypeError(
             f"`layer` must be an integer scalar, got {layer.dtype} of shape {list(layer.shape)}."
@@ -60,39 +61,7 @@ def layer_index(layers: int | None, layer: ArrayLike | None) -> tuple[jax.Array,
     # Compared before it is narrowed, and widened before it is compared: nothing wraps.
     wide = layer.astype(jnp.int32) if layer.dtype.itemsize < 4 else layer
     nearest = jnp.clip(wide, 0, layers - 1)
-    return nearest.astype(jnp.int32), nearest == wide
-
-
-def check_int32(
-    name: str, value: ArrayLike, letters: str, dims: tuple[int | None, ...] | None = None
-) -> jax.Array:
-    """Returns `value` as an int32 array; raises unless it is one, with the dimensions given.
-
-    Numbers without a dtype (a list) are taken when they fit into int32.
-    """
-    if value is None:
-        raise TypeError(f"`{name}` is required, got None.")
-    if not hasattr(value, "dtype"):
-        value = _fitting_int32(name, value)
-    check_array(name, value, (jnp.dtype("int32"),), (letters.count(",") + 1,))
-    value = jnp.asarray(value)
-    dims = dims or value.shape
-    if any(want not in (None, got) for want, got in zip(dims, value.shape, strict=True)):
-        numbers = ", ".join("any" if d is None else str(d) for d in dims)
-        raise ValueError(
-            f"`{name}` must have shape [{letters}] = [{numbers}], got {list(value.shape)}."
-        )
-    return value
-
-
-def _fitting_int32(name: str, value: Any) -> np.ndarray:
-    array = np.asarray(value)
-    if array.size and not np.issubdtype(array.dtype, np.integer):
-        raise TypeError(f"`{name}` must have dtype int32, got {array.dtype}.")
-    if array.size and (array.min() < -INT32_MAX - 1 or array.max() > INT32_MAX):
-        worst = max(array.max(), array.min(), key=abs)
-        raise ValueError(f"`{name}` must fit into int32, got {worst}.")
-    return array.astype(np.int32)
+    return Layer(nearest.astype(jnp.int32), nearest == wide)
 
 
 def check_positions(positions: ArrayLike, letters: str, x: jax.Array) -> jax.Array:

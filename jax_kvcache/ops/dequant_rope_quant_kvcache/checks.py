@@ -1,20 +1,38 @@
-"""The operator's argument checks: everything that a wrong call gets, before anything runs."""
+"""The checks of a call of `dequant_rope_quant_kvcache`: what a wrong one gets before it runs."""
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-INT32_MAX = 2**31 - 1
+from jax_kvcache.ops.checks import (
+    FLOAT32,
+    FLOATS,
+    INT8,
+    INT32,
+    check_array,
+    check_choice,
+    check_offsets_together,
+    check_positive,
+    check_row_count,
+    check_shape,
+)
+from jax_kvcache.ops.implementation import check_implementation
 
-_INT = (jnp.dtype("int32"),)
-_INT8 = (jnp.dtype("int8"),)
-_FLOAT32 = (jnp.dtype("float32"),)
-FLOATS = (jnp.dtype("float16"), jnp.dtype(jnp.bfloat16), jnp.dtype("float32"))
+
+class Layer(NamedTuple):
+    """One layer of a cache with layers: the nearest one, and whether it is the one named."""
+
+    number: jax.Array  # int32 scalar in [0, L)
+    exists: jax.Array  # bool scalar
 
 
 class Call(NamedTuple):
-    """The public function's arguments; see `dequant_rope_quant_kvcache`."""
+    """The public function's arguments; see `dequant_rope_quant_kvcache`.
+
+    With `layer` the caches are [L, C1, C2, Nkv, D], and the call is one on that layer.
+    """
 
     x: Any
     cos: Any
@@ -36,6 +54,7 @@ class Call(NamedTuple):
     cache_mode: Any = "contiguous"
     indices_mode: Any = "drop"
     implementation: Any = None
+    layer: Layer | None = None
 
 
 class Sizes(NamedTuple):
@@ -56,68 +75,6 @@ class Sizes(NamedTuple):
         return (self.B,) if self.S is None else (self.B, self.S)
 
 
-def _shape(dims) -> str:
-    return "[" + ", ".join(str(d) for d in dims) + "]"
-
-
-def check_array(name, value, dtypes, ranks):
-    """Raises TypeError unless `value` is an array of one of the dtypes and ranks."""
-    if value is None:
-        raise TypeError(f"`{name}` is required, got None.")
-    if not (hasattr(value, "shape") and hasattr(value, "dtype")):
-        raise TypeError(f"`{name}` must be an array, got {type(value).__name__}.")
-    if value.dtype not in dtypes:
-        expected = " or ".join(d.name for d in dtypes)
-        raise TypeError(f"`{name}` must have dtype {expected}, got {value.dtype}.")
-    if len(value.shape) not in ranks:
-        expected = " or ".join(f"{r}-D" for r in ranks)
-        raise TypeError(
-            f"`{name}` must be {expected}, got {len(value.shape)}-D {_shape(value.shape)}."
-        )
-
-
-def check_shape(name, value, *allowed):
-    """Raises ValueError unless the shape is one of `allowed`, pairs of letters and numbers."""
-    if not any(tuple(value.shape) == tuple(dims) for _, dims in allowed):
-        expected = " or ".join(f"[{letters}] = {_shape(dims)}" for letters, dims in allowed)
-        raise ValueError(f"`{name}` must have shape {expected}, got {_shape(value.shape)}.")
-
-
-def check_choice(name, value, choices):
-    """Raises ValueError unless `value` is one of `choices`."""
-    scalar = value is None or isinstance(value, str | bool | np.bool_)
-    if not scalar or value not in choices:
-        raise ValueError(f"`{name}` must be {' or '.join(map(repr, choices))}, got {value!r}.")
-
-
-def check_positive(name, value, letters):
-    """Raises ValueError for an empty dimension."""
-    for letter, size in zip(letters, value.shape, strict=True):
-        if isinstance(size, int) and size < 1:
-            raise ValueError(f"`{name}` has an empty dimension: {letter} = {size}.")
-
-
-def check_row_count(name, letters, dims):
-    """Raises ValueError when slots of so many rows cannot be counted in int32."""
-    if all(isinstance(d, int) for d in dims) and (rows := int(np.prod(dims, dtype=object))) > (
-        INT32_MAX
-    ):
-        raise ValueError(
-            f"`{name}` must have at most {INT32_MAX} rows in one slot space, got "
-            f"{letters} = {rows}. Split the cache."
-        )
-
-
-def check_offsets_together(offset_k, offset_v):
-    """Raises ValueError for a lone offset, which the vendor's operator ignores without a word."""
-    if (offset_k is None) != (offset_v is None):
-        given, missing = ("k", "v") if offset_v is None else ("v", "k")
-        raise ValueError(
-            f"`offset_k` and `offset_v` must be given together, got `offset_{given}` without "
-            f"`offset_{missing}`. Pass zeros for the one without an offset."
-        )
-
-
 def check_splits(size_splits) -> tuple[int, ...]:
     """Returns three ints; raises TypeError unless `size_splits` is that."""
     try:
@@ -133,15 +90,16 @@ def check_splits(size_splits) -> tuple[int, ...]:
     return tuple(map(int, splits))  # NumPy's small ints would overflow in their sum
 
 
-def _check_caches(k_cache, v_cache):
+def _check_caches(k_cache, v_cache, has_layers):
+    letters = ("L", "C1", "C2", "Nkv", "D") if has_layers else ("C1", "C2", "Nkv", "D")
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        check_array(name, cache, _INT8, (4,))
+        check_array(name, cache, INT8, (len(letters),))
     if k_cache is v_cache:
         raise ValueError(
             "`k_cache` and `v_cache` must be two arrays, got one array passed as both."
         )
-    check_positive("k_cache", k_cache, ("C1", "C2", "Nkv", "D"))
-    check_shape("v_cache", v_cache, ("C1, C2, Nkv, D", k_cache.shape))
+    check_positive("k_cache", k_cache, letters)
+    check_shape("v_cache", v_cache, (", ".join(letters), k_cache.shape))
     if k_cache.shape[-1] % 2:
         raise ValueError(f"`k_cache` must have an even head size D, got {k_cache.shape[-1]}.")
 
@@ -179,26 +137,26 @@ def check_call(call: Call) -> Sizes:
     check_choice("kv_output", call.kv_output, (False, True))
     check_choice("cache_mode", cache_mode, ("contiguous", "page"))
     check_choice("indices_mode", call.indices_mode, ("drop", "promise_in_bounds"))
-    check_choice("implementation", call.implementation, (None, "ffi", "xla"))
+    check_implementation(call.implementation)
 
-    check_array("x", x, _INT + FLOATS, (2, 3))
+    check_array("x", x, INT32 + FLOATS, (2, 3))
     check_positive("x", x, ("B", "S", "H") if len(x.shape) == 3 else ("B", "H"))
-    _check_caches(k_cache, call.v_cache)
+    _check_caches(k_cache, call.v_cache, call.layer is not None)
     B, S, H = (x.shape[0], x.shape[1] if len(x.shape) == 3 else None, x.shape[-1])
-    C1, C2, Nkv, D = k_cache.shape
+    C1, C2, Nkv, D = k_cache.shape[-4:]
     Nq = _check_size_splits(call.size_splits, H, Nkv, D)
     sizes = Sizes(B, S, H, C1, C2, Nq, Nkv, D)
     letters = ", ".join(("B", "S")[: len(sizes.tokens)])
     num_tokens = B if S is None else B * S
 
     tables = ("B, D", (B, D)) if S is None else ("B, S, 1, D", (B, S, 1, D))
-    table_dtypes = FLOATS if x.dtype in _INT else (jnp.dtype(x.dtype),)
+    table_dtypes = FLOATS if x.dtype in INT32 else (jnp.dtype(x.dtype),)
     check_array("cos", call.cos, table_dtypes, (len(tables[1]),))
     check_array("sin", call.sin, (jnp.dtype(call.cos.dtype),), (len(tables[1]),))
     check_shape("cos", call.cos, tables)
     check_shape("sin", call.sin, tables)
 
-    check_array("indices", call.indices, _INT, (1, 2))
+    check_array("indices", call.indices, INT32, (1, 2))
     if cache_mode == "page" and S is not None:
         check_shape("indices", call.indices, ("B*S", (num_tokens,)), ("B, S", (B, S)))
     else:
@@ -210,28 +168,33 @@ def check_call(call: Call) -> Sizes:
     )
     for name in per_channel:
         value = getattr(call, name)
-        check_array(name, value, _FLOAT32, (1, 2))
+        check_array(name, value, FLOAT32, (1, 2))
         check_shape(name, value, ("Nkv, D", (Nkv, D)), ("Nkv*D", (Nkv * D,)))
-    if call.weight_scale is None and x.dtype in _INT:
+    if call.weight_scale is None and x.dtype in INT32:
         raise TypeError("`weight_scale` is required when `x` is int32, got None.")
     if call.weight_scale is not None:
-        check_array("weight_scale", call.weight_scale, _FLOAT32, (1, 2))
+        check_array("weight_scale", call.weight_scale, FLOAT32, (1, 2))
         check_shape("weight_scale", call.weight_scale, ("H", (H,)), ("1, H", (1, H)))
     if call.activation_scale is not None:
-        check_array("activation_scale", call.activation_scale, _FLOAT32, (1, 2))
+        check_array("activation_scale", call.activation_scale, FLOAT32, (1, 2))
         flat = ("B" if S is None else "B*S", (num_tokens,))
         check_shape("activation_scale", call.activation_scale, flat, (letters, sizes.tokens))
     if call.bias is not None:
-        check_array("bias", call.bias, FLOATS + _INT, (1,))
+        check_array("bias", call.bias, FLOATS + INT32, (1,))
         check_shape("bias", call.bias, ("H", (H,)))
 
-    if cache_mode == "contiguous":
-        if isinstance(C1, int) and isinstance(B, int) and C1 < B:
-            raise ValueError(
-                f"`k_cache` must have C1 >= B = {B} in contiguous mode, got C1 = {C1}."
-            )
-        if C1 == B:
-            check_row_count("k_cache", "C2", (C2,))
-            return sizes
-    check_row_count("k_cache", "C1*C2", (C1, C2))
+    if cache_mode == "contiguous" and isinstance(C1, int) and isinstance(B, int) and C1 < B:
+        raise ValueError(f"`k_cache` must have C1 >= B = {B} in contiguous mode, got C1 = {C1}.")
+    if call.layer is not None:
+        check_row_count("k_cache", "L*C1*C2", k_cache.shape[:3])
+    elif has_rows_per_batch(call):
+        check_row_count("k_cache", "C2", (C2,))
+    else:
+        check_row_count("k_cache", "C1*C2", (C1, C2))
     return sizes
+
+
+def has_rows_per_batch(call: Call) -> bool:
+    """Whether each batch's slots count the rows of its own cache, and not those of all."""
+    same = call.k_cache.shape[-4] == call.x.shape[0]
+    return call.cache_mode == "contiguous" and call.layer is None and same

@@ -1,0 +1,138 @@
+"""What both KV caches share: their fields, and one way into the operator for one layer or many."""
+
+import dataclasses
+from typing import Any, Literal, Self
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
+
+from jax_kvcache.caches.checks import check_caches, layer_index
+from jax_kvcache.ops.dequant_rope_quant_kvcache.api import run
+from jax_kvcache.ops.dequant_rope_quant_kvcache.checks import Call
+from jax_kvcache.ops.implementation import Implementation
+from jax_kvcache.ops.indexing import take_one
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CacheBase:
+    """What both caches hold; see `KVCache` and `PagedKVCache` for the shapes."""
+
+    k_cache: jax.Array
+    v_cache: jax.Array
+    scale_k: jax.Array
+    scale_v: jax.Array
+    offset_k: jax.Array | None
+    offset_v: jax.Array | None
+    layers: int | None = dataclasses.field(metadata={"static": True})
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the codes, scales and offsets together."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+    def dequantize(self, dtype: DTypeLike = jnp.float32) -> tuple[jax.Array, jax.Array]:
+        """Turns the codes back into numbers: `(code - offset) * scale`, computed in float32.
+
+        This makes two arrays of the caches' shape, for tests and analysis; `decode_attention`
+        reads the codes themselves.
+
+        Args:
+          dtype: a floating-point dtype.
+
+        Returns:
+          k and v, shaped like `k_cache`, in `dtype`.
+
+        Raises:
+          TypeError: `dtype` is not a floating-point dtype.
+        """
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(f"`dtype` must be a floating-point dtype, got {jnp.dtype(dtype).name}.")
+
+        def restore(codes: jax.Array, scale: jax.Array, offset: jax.Array | None) -> jax.Array:
+            # [*layers, Nkv, D] -> [*layers, 1, 1, Nkv, D]
+            values = codes.astype(jnp.float32)
+            if offset is not None:
+                values = values - jnp.expand_dims(offset, (-4, -3))
+            return (values * jnp.expand_dims(scale, (-4, -3))).astype(dtype)
+
+        return (
+            restore(self.k_cache, self.scale_k, self.offset_k),
+            restore(self.v_cache, self.scale_v, self.offset_v),
+        )
+
+    def update(
+        self,
+        x: jax.Array,
+        cos: jax.Array,
+        sin: jax.Array,
+        positions: ArrayLike,
+        *,
+        weight_scale: jax.Array | None = None,
+        activation_scale: jax.Array | None = None,
+        bias: jax.Array | None = None,
+        block_table: ArrayLike | None = None,
+        layer: ArrayLike | None = None,
+        implementation: Implementation = None,
+    ) -> tuple[jax.Array, Self]:
+        """Writes S tokens of each sequence; see `dequant_rope_quant_kvcache` for the arithmetic.
+
+        Args:
+          x: [B, S, H] int32, float16, bfloat16 or float32, H = (Nq + 2*Nkv) * D.
+          cos: [B, S, 1, D], see `rope_tables`.
+          sin: as cos.
+          positions: for a `KVCache` [B] int32, the row of each sequence's first token; negative
+            skips the sequence, and tokens past the last row are dropped. For a `PagedKVCache`
+            [B, S] int32, the position of each token in its sequence; negative skips it.
+          weight_scale: [H] float32; required when x is int32.
+          activation_scale: [B, S] or [B*S] float32.
+          bias: [H] float32, float16, bfloat16 or int32.
+          block_table: [B, M] int32 for a `PagedKVCache`, see `slots_from_block_table`; a token
+            whose block is not allocated, or does not exist, is skipped. None for a `KVCache`.
+          layer: the layer to write, an int or an integer scalar; for a cache with layers only. A
+            traced one that does not exist writes nothing (q is computed all the same).
+          implementation: None, "ffi" or "xla".
+
+        Returns:
+          q [B, S, Nq, D] in the dtype of cos, and the cache.
+
+        Raises:
+          TypeError: a wrong dtype or rank, or an argument that does not go with this cache.
+          ValueError: a wrong shape or value.
+          NotImplementedError: `implementation="ffi"` where there is no native target.
+        """
+        indices, cache_mode = self._indices(x, positions, block_table)
+        check_caches(self)
+        at = layer_index(self.layers, layer)
+
+        def of_layer(parameter: Any) -> Any:
+            absent = at is None or parameter is None
+            return parameter if absent else take_one(parameter, at.number)
+
+        out = run(
+            Call(
+                x=x,
+                cos=cos,
+                sin=sin,
+                k_cache=self.k_cache,
+                v_cache=self.v_cache,
+                indices=indices,
+                scale_k=of_layer(self.scale_k),
+                scale_v=of_layer(self.scale_v),
+                offset_k=of_layer(self.offset_k),
+                offset_v=of_layer(self.offset_v),
+                weight_scale=weight_scale,
+                activation_scale=activation_scale,
+                bias=bias,
+                cache_mode=cache_mode,
+                implementation=implementation,
+                layer=at,
+            )
+        )
+        return out.q, dataclasses.replace(self, k_cache=out.k_cache, v_cache=out.v_cache)
+
+    def _indices(
+        self, x: jax.Array, positions: ArrayLike, block_table: ArrayLike | None
+    ) -> tuple[jax.Array, Literal["contiguous", "page"]]:
+        """The operator's indices and mode for the tokens at `positions`."""
+        raise NotImplementedError

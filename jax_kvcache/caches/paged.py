@@ -1,0 +1,112 @@
+"""The paged KV cache: blocks of rows, given to sequences by a block table."""
+
+import dataclasses
+from typing import Literal, Self
+
+import jax
+import numpy as np
+from jax.typing import ArrayLike
+
+from jax_kvcache.caches.base import CacheBase
+from jax_kvcache.caches.checks import check_positions, empty_fields
+from jax_kvcache.ops.checks import check_int32
+from jax_kvcache.ops.slots import INT32_MAX, block_table_slots
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class PagedKVCache(CacheBase):
+    """A paged int8 KV cache: blocks of rows, given to sequences by a block table.
+
+    A pytree, used like `KVCache`; the block table stays with the caller.
+
+    Attributes:
+      k_cache: [num_blocks, block_size, Nkv, D] int8, or [L, num_blocks, block_size, Nkv, D].
+      v_cache: as k_cache.
+      scale_k: [Nkv, D] float32, or [L, Nkv, D]: the value of one step of the code.
+      scale_v: as scale_k.
+      offset_k: as scale_k, in steps of the code, or None.
+      offset_v: as offset_k.
+      layers: L, or None.
+    """
+
+    @classmethod
+    def create(
+        cls,
+        num_blocks: int,
+        block_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        layers: int | None = None,
+        scale_k: ArrayLike,
+        scale_v: ArrayLike,
+        offset_k: ArrayLike | None = None,
+        offset_v: ArrayLike | None = None,
+    ) -> Self:
+        """Makes an empty cache (all codes 0).
+
+        Args:
+          num_blocks: blocks, shared by all sequences.
+          block_size: rows per block.
+          num_kv_heads: Nkv.
+          head_dim: D, even.
+          layers: L, or None for a cache of one layer without a layer dimension. A block number
+            names a block in every layer.
+          scale_k: [Nkv, D] float, or [L, Nkv, D] with layers; copied.
+          scale_v: as scale_k.
+          offset_k: as scale_k; given together with offset_v or not at all.
+          offset_v: as offset_k.
+
+        Returns:
+          The cache.
+
+        Raises:
+          TypeError: a size is not an int, or a scale or offset is not floating-point.
+          ValueError: a size is below 1, `head_dim` is odd, a shape is not as above, a lone offset,
+            or more rows than int32 counts.
+        """
+        sizes = {"num_blocks": num_blocks, "block_size": block_size}
+        return cls(
+            **empty_fields(
+                sizes, num_kv_heads, head_dim, layers, scale_k, scale_v, offset_k, offset_v
+            )
+        )
+
+    def _indices(
+        self, x: jax.Array, positions: ArrayLike, block_table: ArrayLike | None
+    ) -> tuple[jax.Array, Literal["contiguous", "page"]]:
+        if block_table is None:
+            raise TypeError("`block_table` is required for a PagedKVCache, got None.")
+        positions = check_positions(positions, "B, S", x)
+        return slots_from_block_table(block_table, positions, self.k_cache.shape[-3]), "page"
+
+
+def slots_from_block_table(
+    block_table: ArrayLike, positions: ArrayLike, block_size: int
+) -> jax.Array:
+    """Looks up the rows of a paged cache that hold the given positions.
+
+    Args:
+      block_table: [B, M] int32, the block that holds rows m * block_size and on of each sequence;
+        negative where none is allocated.
+      positions: [B, S] int32, the position of each token in its sequence; negative for padding.
+      block_size: rows per block.
+
+    Returns:
+      [B, S] int32, `block * block_size + position % block_size`, the operator's page-mode indices.
+      -1 for padding, for a position past the table, for a block that is not allocated, and for a
+      row number that int32 cannot hold.
+
+    Raises:
+      TypeError: a rank or a dtype is not as above.
+      ValueError: the batch sizes differ, or `block_size` is not above 0.
+    """
+    positions = check_int32("positions", positions, "B, S")
+    block_table = check_int32("block_table", block_table, "B, M", (positions.shape[0], None))
+    if isinstance(block_size, bool) or not isinstance(block_size, int | np.integer):
+        raise TypeError(f"`block_size` must be an int, got {block_size!r}.")
+    block_size = int(block_size)
+    if not 1 <= block_size <= INT32_MAX:
+        raise ValueError(f"`block_size` must be in [1, {INT32_MAX}], got {block_size}.")
+    return block_table_slots(block_table, positions, block_size)

@@ -1,0 +1,231 @@
+"""What any operator needs to know of a mesh, and JAX's manual, explicit and automatic modes."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.experimental.xla_metadata import set_xla_metadata
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from jax_kvcache import backends
+from jax_kvcache._compat import is_export, num_automatic_devices
+from jax_kvcache.ops.indexing import take_one
+from jax_kvcache.ops.operands import Axes, table
+from jax_kvcache.version import __version__
+
+# Platforms whose XLA asks Python how to partition a custom call
+_CUSTOM_PARTITIONING_PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+
+
+def mesh_of(types: Iterable[Any]) -> Any:
+    """The mesh that the types name; an empty one if they name none."""
+    meshes = [t.sharding.mesh for t in types]
+    return next((mesh for mesh in meshes if not mesh.empty), meshes[0])
+
+
+def axes_of(sharding: Any, rank: int) -> tuple[Axes, ...]:
+    """The mesh axes of each of `rank` dimensions of a NamedSharding."""
+
+    def axes(entry):
+        return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+    spec = (*sharding.spec, *[None] * (rank - len(sharding.spec)))
+    return tuple(map(axes, spec))
+
+
+def num_shards(mesh: Any, axes: Axes) -> int:
+    """How many parts the mesh axes cut a dimension into."""
+    return math.prod(mesh.shape[axis] for axis in axes)
+
+
+def real_axes(mesh: Any, axes: Axes) -> Axes:
+    """The axes that have more than one device."""
+    return tuple(axis for axis in axes if mesh.shape[axis] > 1)
+
+
+def move(
+    value: jax.Array, held: Sequence[Axes], wanted: Sequence[Axes], shards: Callable[[Axes], int]
+) -> jax.Array:
+    """Inside one shard's body: reshards the leading dimensions of a small array.
+
+    Args:
+      value: this device's part.
+      held: the mesh axes of its leading dimensions.
+      wanted: the mesh axes that they are to have.
+      shards: the number of parts that some axes make.
+    """
+    moves = [(dim, *m) for dim, m in enumerate(zip(held, wanted, strict=True)) if m[0] != m[1]]
+    for dim, have, _ in moves:
+        if have:
+            value = lax.all_gather(value, have, axis=dim, tiled=True)
+    for dim, _, want in moves:
+        if want:
+            value = own_part(value, want, shards(want), dim)
+    return value
+
+
+def own_part(value: jax.Array, axes: Axes, shards: int, dim: int) -> jax.Array:
+    """Inside one shard's body: this device's part of one dimension of a whole array."""
+    dim %= value.ndim
+    size = value.shape[dim] // shards
+    parts = value.reshape(*value.shape[:dim], shards, size, *value.shape[dim + 1 :])
+    return take_one(parts, lax.axis_index(axes), dim)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sharding:
+    """How an operator is spread over a mesh. A layout is whatever these functions agree on.
+
+    Attributes:
+      layout: (mesh, operands, results) -> the layout that the shardings ask for. Operands are
+        things with a shape, a dtype and a NamedSharding; results are such things too, where XLA
+        says what it wants of them, else None. Raises ValueError for a layout that would need a
+        cache to move.
+      operand_specs: (layout, operands) -> the PartitionSpec of every operand of one shard.
+      result_specs: (layout, shapes) -> the PartitionSpec of every result.
+      rule: (operands, results) -> Shardy's rule, of things with a shape.
+      shard: (operands, call, layout, mesh) -> the results of one shard, where `call` is the call
+        of one device on operands.
+    """
+
+    layout: Callable[[Any, Any, Any], Any]
+    operand_specs: Callable[[Any, Any], tuple[PartitionSpec, ...]]
+    result_specs: Callable[[Any, Sequence[Any]], tuple[PartitionSpec, ...]]
+    rule: Callable[[Any, Sequence[Any]], str]
+    shard: Callable[[Any, Callable, Any, Any], Sequence[jax.Array]]
+
+
+class Call(NamedTuple):
+    """One call of an operator, while it is lowered."""
+
+    name: str
+    operands: type
+    results: type
+    on_one_device: Callable[..., Sequence[jax.Array]]
+    options: Any
+
+    def run(self, operands: Any, **changes: Any) -> Sequence[jax.Array]:
+        """The call of one device, with some options changed."""
+        options = dataclasses.replace(self.options, **changes)
+        return self.on_one_device(*operands, options=options)
+
+    def run_positional(self, *operands: jax.Array) -> Sequence[jax.Array]:
+        """The call of one device."""
+        return self.on_one_device(*operands, options=self.options)
+
+
+def _explicit(call: Call, sharding: Sharding, mesh, axes, avals_out, *operands):
+    """The call on a mesh whose `axes` are explicit: the operands' types say where they are."""
+    ops: Any = call.operands(*map(jax.typeof, operands))
+    layout = sharding.layout(mesh, ops, None)
+    specs = sharding.operand_specs(layout, ops)
+    placed = [
+        jax.sharding.reshard(operand, NamedSharding(mesh, spec))
+        for operand, spec in zip(operands, specs, strict=True)
+    ]
+
+    def body(*operands):
+        return tuple(sharding.shard(call.operands(*operands), call.run, layout, mesh))
+
+    return jax.shard_map(
+        body,
+        mesh=mesh,
+        in_specs=specs,
+        out_specs=sharding.result_specs(layout, [a.shape for a in avals_out]),
+        axis_names=set(axes),
+        check_vma=False,
+    )(*placed)
+
+
+def _automatic(call: Call, sharding: Sharding, avals_out, *operands):
+    """The call under XLA's partitioner, which asks for one shard's body when it gets there.
+
+    The body is no part of the program, so the program names it, for the compilation cache's key.
+    """
+    native = backends.unavailable("cpu", call.name) is None
+    body_name = f"{__version__}, {call.options}, native={native}"
+
+    def partition(mesh, ops, results):
+        ops = call.operands(*ops)
+        layout = sharding.layout(mesh, ops, results)
+        for row, result in zip(table(call.results).values(), results, strict=True):
+            if row.aliases is None:
+                continue
+            operand = getattr(ops, row.aliases)
+            rank = len(operand.shape)
+            if axes_of(operand.sharding, rank) != axes_of(result.sharding, rank):
+                raise ValueError(
+                    f"`{row.aliases}` must come out sharded as it goes in, "
+                    f"{operand.sharding.spec}, got {result.sharding.spec}. Give it the same "
+                    "sharding in out_shardings."
+                )
+
+        def body(*operands):
+            return tuple(sharding.shard(call.operands(*operands), call.run, layout, mesh))
+
+        result_specs = sharding.result_specs(layout, [r.shape for r in results])
+        return (
+            mesh,
+            body,
+            tuple(NamedSharding(mesh, spec) for spec in result_specs),
+            tuple(NamedSharding(mesh, spec) for spec in sharding.operand_specs(layout, ops)),
+        )
+
+    partitioned = custom_partitioning(lambda *operands: tuple(call.run_positional(*operands)))
+    ops: Any = call.operands(*map(jax.typeof, operands))
+    partitioned.def_partition(partition, sharding_rule=sharding.rule(ops, avals_out))
+    with set_xla_metadata(**{call.name: body_name}):
+        return list(partitioned(*operands))
+
+
+def _axes_named(mesh, axis_type):
+    return [n for n, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == axis_type]
+
+
+def _check_automatic(ctx, name, num_devices):
+    platforms = ctx.module_context.platforms
+    where = f"{name} over {num_devices} devices in automatic mode"
+    fix = "Use explicit mesh axes (jax.sharding.AxisType.Explicit) or jax.shard_map."
+    if strange := [p for p in platforms if p not in _CUSTOM_PARTITIONING_PLATFORMS]:
+        raise NotImplementedError(
+            f"{where} needs custom partitioning, which platform {' and '.join(strange)} does not "
+            f"have. {fix}"
+        )
+    if is_export(ctx):
+        raise NotImplementedError(
+            f"{where} cannot be exported: its partitioning is a Python callback. {fix}"
+        )
+
+
+def partitioned(ctx: Any, call: Call, sharding: Sharding) -> Callable[..., Sequence[jax.Array]]:
+    """The call as the mesh wants it: partitioned, or within manual axes as it is.
+
+    Args:
+      ctx: the primitive's lowering context.
+      call: the call.
+      sharding: how its operator is spread over a mesh.
+
+    Raises:
+      NotImplementedError: automatic axes beside others, and automatic mode where it cannot be had.
+    """
+    mesh = mesh_of(ctx.avals_in)
+    explicit, manual = (_axes_named(mesh, t) for t in (AxisType.Explicit, AxisType.Manual))
+    automatic = [axis for axis in _axes_named(mesh, AxisType.Auto) if mesh.shape[axis] > 1]
+    if (explicit or manual) and automatic:
+        raise NotImplementedError(
+            f"{call.name} cannot mix automatic mesh axes {automatic} with manual or "
+            f"explicit ones {manual + explicit}. Make them all manual (`axis_names` of "
+            "jax.shard_map) or explicit."
+        )
+    if explicit:
+        return functools.partial(_explicit, call, sharding, mesh, explicit, ctx.avals_out)
+    num_devices = num_automatic_devices(ctx)
+    if num_devices > 1:
+        _check_automatic(ctx, call.name, num_devices)
+        return functools.partial(_automatic, call, sharding, ctx.avals_out)
+    return call.run_positional
