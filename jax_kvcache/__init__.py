@@ -4,6 +4,8 @@ from jax_kvcache.caches import KVCache as KVCache
 from jax_kvcache.caches import PagedKVCache as PagedKVCache
 from jax_kvcache.caches import slots_from_block_table as slots_from_block_table
 from jax_kvcache.ops.decode_attention.api import decode_attention as decode_attention
+from jax_kvcache.ops.decode_attention.explain import explain_attention as explain_attention
+from jax_kvcache.ops.decode_attention.merge import merge_attention as merge_attention
 from jax_kvcache.ops.dequant_rope_quant_kvcache.api import (
     DequantRopeQuantKvcacheResult as DequantRopeQuantKvcacheResult,
 )

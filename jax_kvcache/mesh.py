@@ -82,22 +82,25 @@ class Sharding:
     """How an operator is spread over a mesh. A layout is whatever these functions agree on.
 
     Attributes:
-      layout: (mesh, operands, results) -> the layout that the shardings ask for. Operands are
-        things with a shape, a dtype and a NamedSharding; results are such things too, where XLA
+      layout: (mesh, operands, results, options) -> the layout that the shardings ask for. Operands
+        are things with a shape, a dtype and a NamedSharding; results are such things too, where XLA
         says what it wants of them, else None. Raises ValueError for a layout that would need a
         cache to move.
       operand_specs: (layout, operands) -> the PartitionSpec of every operand of one shard.
       result_specs: (layout, shapes) -> the PartitionSpec of every result.
       rule: (operands, results) -> Shardy's rule, of things with a shape.
       shard: (operands, call, layout, mesh) -> the results of one shard, where `call` is the call
-        of one device on operands.
+        of one device on operands, with some options changed.
+      plain_is_fine: whether the reference's operations do, left to XLA's own partitioner, where
+        there is no custom partitioning; otherwise that is an error.
     """
 
-    layout: Callable[[Any, Any, Any], Any]
+    layout: Callable[[Any, Any, Any, Any], Any]
     operand_specs: Callable[[Any, Any], tuple[PartitionSpec, ...]]
     result_specs: Callable[[Any, Sequence[Any]], tuple[PartitionSpec, ...]]
     rule: Callable[[Any, Sequence[Any]], str]
     shard: Callable[[Any, Callable, Any, Any], Sequence[jax.Array]]
+    plain_is_fine: bool = False
 
 
 class Call(NamedTuple):
@@ -107,6 +110,7 @@ class Call(NamedTuple):
     operands: type
     results: type
     on_one_device: Callable[..., Sequence[jax.Array]]
+    plain: Callable[..., Sequence[jax.Array]]
     options: Any
 
     def run(self, operands: Any, **changes: Any) -> Sequence[jax.Array]:
@@ -122,7 +126,7 @@ class Call(NamedTuple):
 def _explicit(call: Call, sharding: Sharding, mesh, axes, avals_out, *operands):
     """The call on a mesh whose `axes` are explicit: the operands' types say where they are."""
     ops: Any = call.operands(*map(jax.typeof, operands))
-    layout = sharding.layout(mesh, ops, None)
+    layout = sharding.layout(mesh, ops, None, call.options)
     specs = sharding.operand_specs(layout, ops)
     placed = [
         jax.sharding.reshard(operand, NamedSharding(mesh, spec))
@@ -152,7 +156,7 @@ def _automatic(call: Call, sharding: Sharding, avals_out, *operands):
 
     def partition(mesh, ops, results):
         ops = call.operands(*ops)
-        layout = sharding.layout(mesh, ops, results)
+        layout = sharding.layout(mesh, ops, results, call.options)
         for row, result in zip(table(call.results).values(), results, strict=True):
             if row.aliases is None:
                 continue
@@ -187,19 +191,36 @@ def _axes_named(mesh, axis_type):
     return [n for n, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == axis_type]
 
 
-def _check_automatic(ctx, name, num_devices):
-    platforms = ctx.module_context.platforms
+def no_partitioning(name: str, mesh: Any, num_devices: int, platforms: Any, export: bool):
+    """Why a call cannot be partitioned over automatic mesh axes, or None when it can.
+
+    Args:
+      name: the operator's name.
+      mesh: the mesh that the operands' types name.
+      num_devices: how many devices XLA's partitioner spreads the program over.
+      platforms: those that it is lowered for.
+      export: whether it is being exported.
+    """
+    explicit, manual = (_axes_named(mesh, t) for t in (AxisType.Explicit, AxisType.Manual))
+    automatic = [axis for axis in _axes_named(mesh, AxisType.Auto) if mesh.shape[axis] > 1]
+    if (explicit or manual) and automatic:
+        return (
+            f"{name} cannot mix automatic mesh axes {automatic} with manual or "
+            f"explicit ones {manual + explicit}. Make them all manual (`axis_names` of "
+            "jax.shard_map) or explicit."
+        )
+    if explicit or num_devices == 1:
+        return None
     where = f"{name} over {num_devices} devices in automatic mode"
     fix = "Use explicit mesh axes (jax.sharding.AxisType.Explicit) or jax.shard_map."
     if strange := [p for p in platforms if p not in _CUSTOM_PARTITIONING_PLATFORMS]:
-        raise NotImplementedError(
+        return (
             f"{where} needs custom partitioning, which platform {' and '.join(strange)} does not "
             f"have. {fix}"
         )
-    if is_export(ctx):
-        raise NotImplementedError(
-            f"{where} cannot be exported: its partitioning is a Python callback. {fix}"
-        )
+    if export:
+        return f"{where} cannot be exported: its partitioning is a Python callback. {fix}"
+    return None
 
 
 def partitioned(ctx: Any, call: Call, sharding: Sharding) -> Callable[..., Sequence[jax.Array]]:
@@ -214,18 +235,15 @@ def partitioned(ctx: Any, call: Call, sharding: Sharding) -> Callable[..., Seque
       NotImplementedError: automatic axes beside others, and automatic mode where it cannot be had.
     """
     mesh = mesh_of(ctx.avals_in)
-    explicit, manual = (_axes_named(mesh, t) for t in (AxisType.Explicit, AxisType.Manual))
-    automatic = [axis for axis in _axes_named(mesh, AxisType.Auto) if mesh.shape[axis] > 1]
-    if (explicit or manual) and automatic:
-        raise NotImplementedError(
-            f"{call.name} cannot mix automatic mesh axes {automatic} with manual or "
-            f"explicit ones {manual + explicit}. Make them all manual (`axis_names` of "
-            "jax.shard_map) or explicit."
-        )
-    if explicit:
-        return functools.partial(_explicit, call, sharding, mesh, explicit, ctx.avals_out)
     num_devices = num_automatic_devices(ctx)
+    platforms = ctx.module_context.platforms
+    reason = no_partitioning(call.name, mesh, num_devices, platforms, is_export(ctx))
+    if reason is not None:
+        if sharding.plain_is_fine and call.options.implementation != "ffi":
+            return call.plain
+        raise NotImplementedError(reason)
+    if explicit := _axes_named(mesh, AxisType.Explicit):
+        return functools.partial(_explicit, call, sharding, mesh, explicit, ctx.avals_out)
     if num_devices > 1:
-        _check_automatic(ctx, call.name, num_devices)
         return functools.partial(_automatic, call, sharding, ctx.avals_out)
     return call.run_positional

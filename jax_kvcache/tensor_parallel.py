@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 
 from jax_kvcache.ops.checks import INT32, check_array
 from jax_kvcache.ops.dequant_rope_quant_kvcache.checks import check_splits
-from jax_kvcache.ops.slots import INT32_MAX, shard_slots
+from jax_kvcache.ops.slots import INT32_MAX, axes_named, shard_slots
 
 
 def _column_order(width, size_splits, shards) -> np.ndarray:
@@ -94,5 +94,5 @@ def local_slots(indices: ArrayLike, rows: int, axis_name: str | tuple[str, ...])
             f"`rows` times the {lax.axis_size(axis_name)} devices of '{axis_name}' must be in "
             f"[1, {INT32_MAX}], got {total}."
         )
-    axes = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
-    return shard_slots(jnp.asarray(indices), (rows,), (axes,), (lax.axis_size(axis_name),))
+    shards = (lax.axis_size(axis_name),)
+    return shard_slots(jnp.asarray(indices), (rows,), (axes_named(axis_name),), shards)

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_kvcache.rope import rope_tables
+from jax_kvcache import rope_tables
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,8 @@ namespace standin {
 namespace {
 
 constexpr uintptr_t kDeviceBit = uintptr_t{1} << 52;
-constexpr uint8_t kRubbish = 0xA5;
-constexpr size_t kRubbishBytes = 1 << 16;  // filling 16 MiB per call would cost more than the work
+constexpr uint8_t kArbitraryByte = 0xA5;
+constexpr size_t kFilledBytes = 1 << 16;  // filling all 16 MiB would take longer than the call
 
 thread_local HandlerCall* current_call = nullptr;
 
@@ -49,7 +49,8 @@ class Stream {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (!started_) {
       started_ = true;
-      std::thread([this] { Run(); }).detach();  // XLA may call until the process ends
+      // Never joined, because XLA may call until the process ends.
+      std::thread([this] { Run(); }).detach();
     }
     queue_.push_back(std::move(work));
     wake_.notify_one();
@@ -157,7 +158,7 @@ void* AllocateScratch(size_t size, size_t alignment) {
   size = std::max<size_t>((size + alignment - 1) / alignment * alignment, alignment);
   void* const host = aligned_alloc(alignment, size);
   if (host == nullptr) return nullptr;
-  memset(host, kRubbish, std::min(size, kRubbishBytes));
+  memset(host, kArbitraryByte, std::min(size, kFilledBytes));
   Ledger::Get().Created("scratch", host);
   return ToDevice(host);
 }

@@ -1,6 +1,6 @@
-// Owns the pretend hardware: device addresses that the host cannot use, and asynchronous streams.
-#ifndef JAX_KVCACHE_STANDIN_DEVICE_H_
-#define JAX_KVCACHE_STANDIN_DEVICE_H_
+// Owns the simulated hardware: device addresses that the host cannot use, and asynchronous streams.
+#ifndef JAX_KVCACHE_FFI_STANDIN_DEVICE_H_
+#define JAX_KVCACHE_FFI_STANDIN_DEVICE_H_
 
 #include <cstddef>
 #include <functional>
@@ -9,8 +9,8 @@
 
 namespace standin {
 
-// A device address is the host address with bit 52 set, which faults when the host follows it on
-// x86-64 and on AArch64 (whose bits 56 to 63 would be ignored).
+// A device address is the host address with bit 52 set. A host access to it faults on x86-64 and on
+// AArch64 (which would ignore bits 56 to 63).
 void* ToDevice(void* host);
 void* ToHost(void* device);
 bool IsDeviceAddress(const void* address);
@@ -23,11 +23,12 @@ Stream* StreamOf(int device);
 Stream* StreamFromHandle(void* handle);
 int DeviceOf(const Stream* stream);
 
-// Enqueues work.  Inside a handler's call it starts when the handler has returned: the latest start
-// that a device may choose, so that nothing works only because the host was slow.
+// Enqueues work. Work that a handler enqueues starts after the handler has returned. That is the
+// latest start that a device may choose, so a handler that needs an earlier start fails here every
+// time.
 void Enqueue(Stream* stream, std::function<void()> work);
 
-// One handler call on this thread, as the plugin sees it.
+// One call of a handler on this thread, from the plugin's side.
 class HandlerCall {
  public:
   HandlerCall();
@@ -55,10 +56,10 @@ class HandlerCall {
   std::vector<void*> scratch_;
 };
 
-// Scratch memory full of rubbish, as a device's is; null if a failure was injected.
+// Scratch memory with arbitrary contents, as a device's has; null if a failure was injected.
 void* AllocateScratch(size_t size, size_t alignment);
 void FreeScratch(void* device);
 
 }  // namespace standin
 
-#endif  // JAX_KVCACHE_STANDIN_DEVICE_H_
+#endif  // JAX_KVCACHE_FFI_STANDIN_DEVICE_H_

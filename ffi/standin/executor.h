@@ -1,6 +1,7 @@
-// Owns what an executor holds between the operator's two calls.
-#ifndef JAX_KVCACHE_STANDIN_EXECUTOR_H_
-#define JAX_KVCACHE_STANDIN_EXECUTOR_H_
+// Owns the executor, which carries a call from the first of the operator's two functions to the
+// second.
+#ifndef JAX_KVCACHE_FFI_STANDIN_EXECUTOR_H_
+#define JAX_KVCACHE_FFI_STANDIN_EXECUTOR_H_
 
 #include <cstdint>
 
@@ -42,4 +43,4 @@ struct aclOpExecutor {
   bool repeatable;
 };
 
-#endif  // JAX_KVCACHE_STANDIN_EXECUTOR_H_
+#endif  // JAX_KVCACHE_FFI_STANDIN_EXECUTOR_H_

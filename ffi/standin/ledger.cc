@@ -1,4 +1,4 @@
-// Owns the stand-in device's memory of what happened, and its exported controls.
+// Owns the implementation of the record, and the functions with which tests read and control it.
 #include "ledger.h"
 
 #include <cstring>
@@ -6,7 +6,7 @@
 namespace standin {
 namespace {
 
-// The events of a long run are of no use: enough for a test.
+// More than any test looks at. A long run drops later events.
 constexpr size_t kMaxEvents = 10000;
 
 thread_local std::string recent_message;
@@ -29,7 +29,7 @@ std::string JsonMap(const Map& map, Value value) {
 }  // namespace
 
 Ledger& Ledger::Get() {
-  static Ledger* const ledger = new Ledger;  // outlives every thread
+  static Ledger* const ledger = new Ledger;  // never destroyed: threads may use it at exit
   return *ledger;
 }
 
@@ -138,7 +138,7 @@ extern "C" void standin_inject(const char* function, uint64_t skip, int32_t stat
 
 extern "C" void standin_reset() { standin::Ledger::Get().Reset(); }
 
-// The ledger as JSON, to be given back with standin_free.
+// The record as JSON. The caller frees it with standin_free.
 extern "C" char* standin_ledger() { return strdup(standin::Ledger::Get().Json().c_str()); }
 
 extern "C" void standin_free(char* text) { free(text); }

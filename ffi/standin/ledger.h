@@ -1,6 +1,7 @@
-// Owns what the stand-in device remembers: calls, live objects, descriptors, failures to inject.
-#ifndef JAX_KVCACHE_STANDIN_LEDGER_H_
-#define JAX_KVCACHE_STANDIN_LEDGER_H_
+// Owns the stand-in device's record of calls, live objects and descriptors, and the failures to
+// inject.
+#ifndef JAX_KVCACHE_FFI_STANDIN_LEDGER_H_
+#define JAX_KVCACHE_FFI_STANDIN_LEDGER_H_
 
 #include <cstdint>
 #include <map>
@@ -11,7 +12,7 @@
 
 namespace standin {
 
-// One per process, shared by the plugin and the CANN libraries.  Every member locks.
+// There is one per process, which the plugin and the CANN libraries share. Every function locks it.
 class Ledger {
  public:
   static Ledger& Get();
@@ -19,26 +20,26 @@ class Ledger {
   // Counts a call of `function` and returns the status it must fail with, or 0.
   int32_t Enter(const char* function);
 
-  // The call of `function` that comes after `skip` more ones fails with `status`.
+  // After `skip` more calls of `function`, one call fails with `status`.
   void Inject(const std::string& function, uint64_t skip, int32_t status);
 
   // Objects of a kind: "tensor", "int_array", "executor", "scratch".
   void Created(const char* kind, const void* object);
-  // False, and remembered as a fault, if the object is not alive.
+  // Returns false, and records a fault, if the object is not alive.
   bool Destroyed(const char* kind, const void* object);
   bool IsAlive(const char* kind, const void* object);
 
   void Count(const std::string& name);
-  // Something that no correct caller does; the tests ask for none.
+  // Records something that no correct caller does. Tests expect none.
   void Fault(const std::string& what);
   void SetDescriptors(std::string json);
-  // Appends to the ordered list of what happened: "launch 3", "return 3", "execute 3".
+  // Appends to the ordered list of events: "launch 3", "return 3", "execute 3".
   void Event(const std::string& what);
   uint64_t NextLaunch();
 
-  // The whole of it, as a JSON object.
+  // All of the record, as a JSON object.
   std::string Json();
-  // Forgets everything but the live objects.
+  // Clears everything except the live objects.
   void Reset();
 
  private:
@@ -57,7 +58,7 @@ class Ledger {
   uint64_t launches_ = 0;
 };
 
-// CANN's message of the calling thread's last failure.
+// CANN's message about the calling thread's last failure.
 void SetRecentMessage(const std::string& message);
 const char* RecentMessage();
 
@@ -65,4 +66,4 @@ std::string Quoted(const std::string& text);
 
 }  // namespace standin
 
-#endif  // JAX_KVCACHE_STANDIN_LEDGER_H_
+#endif  // JAX_KVCACHE_FFI_STANDIN_LEDGER_H_

@@ -1,4 +1,4 @@
-// Owns the stand-in libascendcl.so: the message of the last failure.
+// Owns the stand-in libascendcl.so, which has the message of the last failure.
 #include "acl/acl.h"
 #include "ledger.h"
 

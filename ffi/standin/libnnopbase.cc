@@ -1,4 +1,4 @@
-// Owns the stand-in libnnopbase.so: tensor descriptors, integer arrays, and the end of executors.
+// Owns the stand-in libnnopbase.so: tensor descriptors, integer arrays, and destroying executors.
 #include "executor.h"
 #include "ledger.h"
 #include "objects.h"
@@ -9,7 +9,7 @@ using standin::Ledger;
 
 constexpr aclnnStatus kInnerNullptr = 561103;
 
-// A destroy call that fails has freed its object all the same.
+// Frees the object also if a failure was injected.
 template <typename T>
 aclnnStatus Destroy(const char* function, const char* kind, T* object) {
   const int32_t injected = Ledger::Get().Enter(function);

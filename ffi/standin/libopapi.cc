@@ -1,6 +1,6 @@
 // Owns the stand-in libopapi.so: the operator's two calls.
 #include "aclnnop/aclnn_dequant_rope_quant_kvcache.h"
-#include "arithmetic.h"
+#include "dequant_rope_quant_kvcache.h"
 #include "device.h"
 #include "executor.h"
 #include "ledger.h"
@@ -12,27 +12,81 @@ using standin::Ledger;
 
 constexpr aclnnStatus kParamNullptr = 161001;
 constexpr aclnnStatus kRuntimeError = 361001;
-constexpr uint64_t kWorkspaceSize = 16 << 20;  // what the operator's tiling asks for
+constexpr uint64_t kWorkspaceSize = 16 << 20;  // the size that the operator's tiling asks for
 
 aclnnStatus Failed(aclnnStatus status, const std::string& message) {
   standin::SetRecentMessage(message);
   return status;
 }
 
-// Copies what the stream will need: the caller may destroy its descriptors when a launch returns.
-bool Take(const aclOpExecutor& executor, standin::Launched* call) {
-  call->kv_output = executor.kv_output;
-  for (int i = 0; i < standin::kNumOperands; ++i) {
-    const aclTensor* const tensor = executor.tensors[i];
-    call->given[i] = tensor != nullptr;
-    if (tensor == nullptr) continue;
-    if (!Ledger::Get().IsAlive("tensor", tensor)) {
+bool DescriptorsAreAlive(const aclOpExecutor& executor) {
+  for (const aclTensor* const tensor : executor.tensors) {
+    if (tensor != nullptr && !Ledger::Get().IsAlive("tensor", tensor)) {
       Ledger::Get().Fault("launched with a destroyed descriptor");
       return false;
     }
-    call->tensors[i] = *tensor;
   }
   return true;
+}
+
+standin::Array ToArray(const aclTensor* tensor) {
+  if (tensor == nullptr) return {};
+  void* const data = standin::ToHost(tensor->data);
+  switch (tensor->dtype) {
+    case ACL_INT32:
+      return {data, standin::Type::kInt32};
+    case ACL_FLOAT16:
+      return {data, standin::Type::kFloat16};
+    case ACL_BF16:
+      return {data, standin::Type::kBfloat16};
+    default:
+      return {data, standin::Type::kFloat32};
+  }
+}
+
+// What the stream will need of the executor's descriptors, which the caller may destroy when the
+// launch returns.
+standin::ScalarCall ToScalarCall(const aclOpExecutor& executor) {
+  const auto tensor = [&](standin::Operand i) { return executor.tensors[i]; };
+  const auto array = [&](standin::Operand i) { return ToArray(executor.tensors[i]); };
+  const std::vector<int64_t>& cache = tensor(standin::kKCache)->dims;  // [blocks, rows, Nkv, D]
+  standin::ScalarCall call;
+  call.tokens = tensor(standin::kX)->dims[0];
+  call.rows = cache[0] * cache[1];
+  call.num_kv_heads = cache[2];
+  call.head_dim = cache[3];
+  call.num_q_heads = tensor(standin::kX)->dims[1] / call.head_dim - 2 * call.num_kv_heads;
+  call.x = array(standin::kX);
+  call.cos = array(standin::kCos);
+  call.sin = array(standin::kSin);
+  call.k_cache = static_cast<int8_t*>(array(standin::kKCache).data);
+  call.v_cache = static_cast<int8_t*>(array(standin::kVCache).data);
+  call.slots = static_cast<const int32_t*>(array(standin::kIndices).data);
+  call.scale_k = array(standin::kScaleK);
+  call.scale_v = array(standin::kScaleV);
+  if (tensor(standin::kOffsetK) != nullptr && tensor(standin::kOffsetV) != nullptr) {
+    call.offset_k = array(standin::kOffsetK);
+    call.offset_v = array(standin::kOffsetV);
+  }
+  call.weight_scale = array(standin::kWeightScale);
+  call.activation_scale = array(standin::kActivationScale);
+  call.bias = array(standin::kBias);
+  call.q = array(standin::kQOut);
+  if (executor.kv_output) {
+    call.k = array(standin::kKOut);
+    call.v = array(standin::kVOut);
+  }
+  return call;
+}
+
+// Runs on the stream. The published kernel does not test slots against the cache's end.
+void Run(const standin::ScalarCall& call, void* workspace) {
+  for (int64_t token = 0; token < call.tokens; ++token) {
+    if (call.slots[token] >= call.rows) {
+      Ledger::Get().Fault("slot " + std::to_string(call.slots[token]) + " is past the cache");
+    }
+  }
+  standin::Execute(call, static_cast<float*>(standin::ToHost(workspace)));
 }
 
 }  // namespace
@@ -81,7 +135,7 @@ extern "C" aclnnStatus aclnnDequantRopeQuantKvcacheGetWorkspaceSize(
   return 0;
 }
 
-// Frees the executor, also when it fails, unless it was made repeatable.
+// Frees the executor, also if it fails, unless the executor was made repeatable.
 extern "C" aclnnStatus aclnnDequantRopeQuantKvcache(void* workspace, uint64_t workspaceSize,
                                                     aclOpExecutor* executor, aclrtStream stream) {
   const int32_t injected = Ledger::Get().Enter("aclnnDequantRopeQuantKvcache");
@@ -89,22 +143,21 @@ extern "C" aclnnStatus aclnnDequantRopeQuantKvcache(void* workspace, uint64_t wo
     Ledger::Get().Fault("launched an executor that is not alive");
     return Failed(kParamNullptr, "EZ0000: executor is not alive");
   }
-  standin::Launched call;
-  const bool taken = Take(*executor, &call);
+  const bool alive = DescriptorsAreAlive(*executor);
+  standin::ScalarCall call;
+  if (alive) call = ToScalarCall(*executor);
   if (!executor->repeatable) {
     Ledger::Get().Destroyed("executor", executor);
     delete executor;
   }
   if (injected != 0) return injected;
   standin::Stream* const queue = standin::StreamFromHandle(stream);
-  if (!taken || queue == nullptr || workspaceSize != kWorkspaceSize ||
+  if (!alive || queue == nullptr || workspaceSize != kWorkspaceSize ||
       !standin::IsDeviceAddress(workspace)) {
     Ledger::Get().Fault("launched with a wrong stream, workspace or descriptor");
     return Failed(kRuntimeError, "EE9999: wrong stream, workspace or descriptor");
   }
-  standin::Enqueue(queue, [call = std::move(call), workspace] {
-    standin::Execute(call, static_cast<float*>(standin::ToHost(workspace)));
-  });
+  standin::Enqueue(queue, [call, workspace] { Run(call, workspace); });
   Ledger::Get().Count("launched");
   return 0;
 }

@@ -1,6 +1,6 @@
-// Owns what CANN's opaque types are in the stand-in.
-#ifndef JAX_KVCACHE_STANDIN_OBJECTS_H_
-#define JAX_KVCACHE_STANDIN_OBJECTS_H_
+// Owns the stand-in's definitions of CANN's opaque types.
+#ifndef JAX_KVCACHE_FFI_STANDIN_OBJECTS_H_
+#define JAX_KVCACHE_FFI_STANDIN_OBJECTS_H_
 
 #include <cstdint>
 #include <vector>
@@ -21,4 +21,4 @@ struct aclIntArray {
   std::vector<int64_t> values;
 };
 
-#endif  // JAX_KVCACHE_STANDIN_OBJECTS_H_
+#endif  // JAX_KVCACHE_FFI_STANDIN_OBJECTS_H_

@@ -1,4 +1,4 @@
-// Owns the stand-in PJRT plugin: XLA's CPU plugin, presented as an Ascend device.
+// Owns the stand-in PJRT plugin: XLA's CPU plugin under the name of an Ascend device.
 #include <dlfcn.h>
 
 #include <algorithm>
@@ -15,7 +15,7 @@
 
 namespace {
 
-// The FFI extension's structs, which the plugin's wheel does not declare.
+// The FFI extension's structs, which the headers in the CPU plugin's wheel do not declare.
 struct FfiRegisterArgs {
   size_t struct_size;
   const char* target_name;
@@ -33,9 +33,9 @@ struct FfiExtension {
   PJRT_Error* (*register_handler)(FfiRegisterArgs* args);
 };
 
-const PJRT_Api* cpu = nullptr;         // the plugin below
-FfiExtension* cpu_ffi = nullptr;       // its FFI extension
-PJRT_Api* stand_in = nullptr;          // its API with the functions below
+const PJRT_Api* cpu = nullptr;         // the CPU plugin's API
+FfiExtension* cpu_ffi = nullptr;       // the CPU plugin's FFI extension
+PJRT_Api* stand_in = nullptr;          // the CPU plugin's API with this file's functions
 std::string* platform_name = nullptr;  // "ascend", or "ASCEND" as the public plugin's client says
 const char kVersion[] = "Ascend stand-in on XLA:CPU";
 const char kDeviceKind[] = "Ascend stand-in (CPU)";
@@ -70,7 +70,7 @@ PJRT_Error* DeviceKind(PJRT_DeviceDescription_Kind_Args* args) {
   return nullptr;
 }
 
-// "ASCEND_0": the text lives as long as the process, as PJRT asks.
+// "ASCEND_0". The text lives as long as the process, which PJRT requires.
 const std::string& DeviceName(PJRT_DeviceDescription* description) {
   static std::mutex mutex;
   static auto* const names = new std::map<PJRT_DeviceDescription*, std::string>;
@@ -98,7 +98,8 @@ PJRT_Error* DeviceToString(PJRT_DeviceDescription_ToString_Args* args) {
   return nullptr;
 }
 
-// Or else jaxlib gives out NumPy views of device memory, and copies what it should donate.
+// If this said true, jaxlib would make NumPy views of device memory, and copy arrays instead of
+// donating them.
 PJRT_Error* BufferIsOnCpu(PJRT_Buffer_IsOnCpu_Args* args) {
   args->is_on_cpu = false;
   return nullptr;
@@ -147,7 +148,7 @@ void Present(bool with_ffi_extension) {
 
 }  // namespace
 
-// Loads the plugin below.  Returns null, or what is wrong.
+// Loads the CPU plugin. Returns null, or the error.
 extern "C" const char* standin_load(const char* cpu_plugin, const char* platform,
                                     int with_ffi_extension) {
   void* const library = dlopen(cpu_plugin, RTLD_NOW | RTLD_LOCAL);
@@ -162,7 +163,7 @@ extern "C" const char* standin_load(const char* cpu_plugin, const char* platform
 
 extern "C" const PJRT_Api* GetPjrtApi() { return stand_in; }
 
-// What a plugin's Python half registers handlers with.  Returns null, or the error.
+// Registers a handler, as the Python part of a plugin does. Returns null, or the error.
 extern "C" const char* standin_register(const char* name, void* handler) {
   static thread_local std::string message;
   const std::string platform = "ASCEND";

@@ -1,4 +1,4 @@
-// Owns the calls of wrapped FFI handlers, and what of XLA's API they see.
+// Owns the calls of wrapped FFI handlers, and the part of XLA's API that they see.
 #include "trampoline.h"
 
 #include <algorithm>
@@ -16,8 +16,8 @@ namespace {
 
 constexpr int kMaxHandlers = 32;
 
-const XLA_FFI_Api* runtime = nullptr;  // what the runtime offers
-XLA_FFI_Api* offered = nullptr;        // what handlers see: the same with a device's functions
+const XLA_FFI_Api* runtime = nullptr;  // the CPU plugin's
+XLA_FFI_Api* offered = nullptr;        // the handlers': the same, with a device's functions
 
 XLA_FFI_Error* MakeError(XLA_FFI_Error_Code code, const char* message) {
   XLA_FFI_Error_Create_Args args = {};
@@ -61,7 +61,7 @@ void Prepare(const XLA_FFI_Api* api) {
     runtime = api;
     const size_t size = std::max(api->struct_size, sizeof(XLA_FFI_Api));
     offered = static_cast<XLA_FFI_Api*>(calloc(1, size));
-    memcpy(offered, api, api->struct_size);  // with the runtime's own size and version
+    memcpy(offered, api, api->struct_size);  // including the runtime's size and version
     offered->XLA_FFI_Stream_Get = GetStream;
     offered->XLA_FFI_DeviceMemory_Allocate = AllocateMemory;
     offered->XLA_FFI_DeviceMemory_Free = FreeMemory;
@@ -70,9 +70,9 @@ void Prepare(const XLA_FFI_Api* api) {
   });
 }
 
-// Asks the handler for its metadata.  The plugin below speaks an older FFI than jaxlib and takes no
-// newer handler; what differs is not used by handlers without state, so the minor version is
-// lowered.
+// Asks the handler for its metadata. The CPU plugin has an older FFI than jaxlib and refuses newer
+// handlers. The two FFIs do not differ in anything that a handler without state uses, so this
+// reports the older version.
 XLA_FFI_Error* AskMetadata(XLA_FFI_Handler* handler, XLA_FFI_CallFrame* frame) {
   auto* const asked = reinterpret_cast<XLA_FFI_Metadata_Extension*>(frame->extension_start);
   XLA_FFI_Metadata metadata = {};
@@ -93,7 +93,7 @@ XLA_FFI_Error* AskMetadata(XLA_FFI_Handler* handler, XLA_FFI_CallFrame* frame) {
   return nullptr;
 }
 
-// Copies of the frame's buffers with device addresses.
+// Copies of the call's buffers, with device addresses.
 class DeviceBuffers {
  public:
   explicit DeviceBuffers(XLA_FFI_CallFrame* frame) {

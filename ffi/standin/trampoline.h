@@ -1,17 +1,17 @@
-// Owns how FFI handlers run in the stand-in: between the runtime and the handler, as on a device.
-#ifndef JAX_KVCACHE_STANDIN_TRAMPOLINE_H_
-#define JAX_KVCACHE_STANDIN_TRAMPOLINE_H_
+// Owns how the stand-in runs FFI handlers: it gives them a device's view of the call.
+#ifndef JAX_KVCACHE_FFI_STANDIN_TRAMPOLINE_H_
+#define JAX_KVCACHE_FFI_STANDIN_TRAMPOLINE_H_
 
 #include "xla/ffi/api/c_api.h"
 
 namespace standin {
 
-// A handler that runs `handler` with tagged buffers, a stream, scratch memory and no thread pool,
-// then waits for its stream, since the runtime below has none.  The same handler always gets the
-// same trampoline: XLA takes a second registration only if it equals the first.  Null when there
-// are too many.
+// Returns a handler that calls `handler` with device addresses, a stream, scratch memory and no
+// thread pool, and then waits for the stream, because XLA's CPU plugin has no streams. The same
+// handler always gets the same wrapper, because XLA accepts a second registration only if it equals
+// the first. Returns null if there are too many handlers.
 XLA_FFI_Handler* Wrap(XLA_FFI_Handler* handler);
 
 }  // namespace standin
 
-#endif  // JAX_KVCACHE_STANDIN_TRAMPOLINE_H_
+#endif  // JAX_KVCACHE_FFI_STANDIN_TRAMPOLINE_H_

@@ -61,7 +61,7 @@ class Check {
     return true;
   }
 
-  // A descriptor that is wrong in itself is a fault of the caller's, whatever the operator says.
+  // A descriptor that no operator could accept is recorded as a fault of the caller.
   bool Malformed(int i, const std::string& what) {
     Ledger::Get().Fault(std::string(kOperandNames[i]) + " " + what);
     return Fail(kInvalid, std::string(kOperandNames[i]) + " " + what);
@@ -134,31 +134,34 @@ class Check {
     const Dims& cache = At(kKCache).dims;
     if (cache.size() != 4) return Fail(kInvalid, "k_cache is not 4-D");
     const int64_t tokens = At(kX).dims[0];
-    const int64_t hidden = At(kX).dims[1];
+    const int64_t fused_width = At(kX).dims[1];
     const int64_t n = cache[2];
     const int64_t d = cache[3];
-    if (splits.size() != 3 || splits[0] + splits[1] + splits[2] != hidden || splits[1] != n * d ||
-        splits[2] != n * d || splits[0] % d != 0) {
+    if (splits.size() != 3 || splits[0] + splits[1] + splits[2] != fused_width ||
+        splits[1] != n * d || splits[2] != n * d || splits[0] % d != 0) {
       return Fail(kInvalid, "sizeSplits is " + Text(splits));
     }
     const Dims kv = attributes_.kv_output ? Dims{tokens, n, d} : Dims{0};
     return Shape(kCos, {tokens, d}) && Shape(kSin, {tokens, d}) && Shape(kVCache, cache) &&
            Shape(kIndices, {tokens}) && Shape(kScaleK, {n, d}) && Shape(kScaleV, {n, d}) &&
-           Shape(kOffsetK, {n, d}) && Shape(kOffsetV, {n, d}) && Shape(kWeightScale, {hidden}) &&
-           Shape(kActivationScale, {tokens}) && Shape(kBias, {hidden}) &&
-           Shape(kQOut, {tokens, splits[0] / d, d}) && Shape(kKOut, kv) && Shape(kVOut, kv);
+           Shape(kOffsetK, {n, d}) && Shape(kOffsetV, {n, d}) &&
+           Shape(kWeightScale, {fused_width}) && Shape(kActivationScale, {tokens}) &&
+           Shape(kBias, {fused_width}) && Shape(kQOut, {tokens, splits[0] / d, d}) &&
+           Shape(kKOut, kv) && Shape(kVOut, kv);
   }
 
-  // Documented limits, and shapes for which the published kernel is wrong.
+  // The documented limits, and shapes for which the published kernel computes wrong results.
   bool Limits() {
-    const int64_t hidden = At(kX).dims[1];
+    const int64_t fused_width = At(kX).dims[1];
     const int64_t d = At(kKCache).dims[3];
-    const int64_t kv_width = At(kKCache).dims[2] * d;
-    if (hidden > 4096 || hidden % 64 != 0) return Fail(kTiling, "H = " + std::to_string(hidden));
+    const int64_t row_size = At(kKCache).dims[2] * d;
+    if (fused_width > 4096 || fused_width % 64 != 0) {
+      return Fail(kTiling, "H = " + std::to_string(fused_width));
+    }
     if (d % 16 != 0) return Fail(kTiling, "D = " + std::to_string(d));
-    if (kv_width % 64 != 0 || kv_width >= 2048 || (At(kCos).dtype == ACL_FLOAT16 && d % 32 != 0)) {
+    if (row_size % 64 != 0 || row_size >= 2048 || (At(kCos).dtype == ACL_FLOAT16 && d % 32 != 0)) {
       Ledger::Get().Fault("a shape for which the published kernel is wrong");
-      return Fail(kTiling, "Nkv * D = " + std::to_string(kv_width) + ", D = " + std::to_string(d));
+      return Fail(kTiling, "Nkv * D = " + std::to_string(row_size) + ", D = " + std::to_string(d));
     }
     return true;
   }

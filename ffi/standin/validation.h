@@ -1,6 +1,6 @@
-// Owns the checks that the stand-in makes of a call before it accepts it.
-#ifndef JAX_KVCACHE_STANDIN_VALIDATION_H_
-#define JAX_KVCACHE_STANDIN_VALIDATION_H_
+// Owns the checks that the stand-in makes before it accepts a call.
+#ifndef JAX_KVCACHE_FFI_STANDIN_VALIDATION_H_
+#define JAX_KVCACHE_FFI_STANDIN_VALIDATION_H_
 
 #include <cstdint>
 #include <string>
@@ -17,13 +17,14 @@ struct Attributes {
   bool kv_output;
 };
 
-// Returns 0, 161001, 161002 or 561002 as the operator documents them, and why in `message`.
+// Returns 0, or 161001, 161002 or 561002 with the meaning that the operator's documentation gives,
+// and sets `message` to the reason.
 int32_t CheckCall(const aclTensor* const* tensors, const Attributes& attributes,
                   std::string* message);
 
-// What was received, as JSON: the tests compare it with the operator's documentation.
+// The received descriptors as JSON, which the tests compare with the operator's documentation.
 std::string DescriptorsJson(const aclTensor* const* tensors, const Attributes& attributes);
 
 }  // namespace standin
 
-#endif  // JAX_KVCACHE_STANDIN_VALIDATION_H_
+#endif  // JAX_KVCACHE_FFI_STANDIN_VALIDATION_H_

@@ -1,19 +1,21 @@
-// The conversions and the quantiser of one instruction set: exhaustive over 16-bit inputs, dense
-// over float32, in the default and in the flushing mode. Compiled once per instruction set.
-#include "../simd.h"
+// Owns the test of one instruction set's conversions and codes: all 16-bit inputs, and float32
+// inputs around every rounding boundary, with and without flushing of subnormals. It is compiled
+// once per instruction set.
+#include "cpu/simd.h"
 
+#include <algorithm>
 #include <cmath>
 #include <string>
 #include <vector>
 
-#include "../kernel.h"
-#include "check.h"
-#include "scalar_twin.h"
+#include "cpu/simd_level.h"
+#include "standin/narrow_floats.h"
+#include "tests/check.h"
 
 namespace jax_kvcache {
 namespace {
 
-// XLA's threads flush subnormals; float16's must not notice.
+// XLA's threads flush float32 subnormals. That must not change float16 results.
 void SetFlush(bool on) {
 #if defined(__x86_64__)
   _mm_setcsr(on ? _mm_getcsr() | 0x8040U : _mm_getcsr() & ~0x8040U);
@@ -25,19 +27,13 @@ void SetFlush(bool on) {
 #endif
 }
 
-float FloatOf(uint32_t bits) {
-  float value = 0;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-
 template <int N, typename T>
 void Convert(const float* from, T* to) {
   Store<N>(Load<N>(from), to);
 }
 
-// Calls check(values) for blocks of float32 values: every exponent and sign, every pattern of the
-// upper mantissa bits, and the lower bits around each rounding boundary of float16 and bfloat16.
+// Calls visit(values) for blocks of float32 values: every sign, exponent and pattern of the upper
+// mantissa bits, with lower bits around each rounding boundary of float16 and bfloat16.
 template <typename Visit>
 void ForFloats(const Visit& visit) {
   constexpr uint32_t kLow[] = {0,      1,      0x0FFF, 0x1000, 0x1001,
@@ -47,7 +43,7 @@ void ForFloats(const Visit& visit) {
     if ((high & 0x7F80) == 0 && (high & 0x7F) != 0) continue;  // subnormal float32
     for (const uint32_t low : kLow) {
       if ((high & 0x7F80) == 0 && low != 0) continue;
-      block.push_back(FloatOf(high << 16 | low));
+      block.push_back(standin::FloatFromBits(high << 16 | low));
     }
     if (block.size() >= 4096 || high == 0xFFFF) {
       while (block.size() % kLanes != 0) block.push_back(1.0f);
@@ -74,11 +70,9 @@ void TestWidth(bool flush) {
     Store<N>(Load<N>(bfloats), from_bfloat);
     SetFlush(false);
     for (int i = 0; i < N; ++i) {
-      const double half = HalfValue(halves[i].bits);
-      const float bfloat = BFloatValue(bfloats[i].bits);
-      Check(std::isnan(half)
-                ? std::isnan(from_half[i])
-                : from_half[i] == half && std::signbit(from_half[i]) == std::signbit(half),
+      const float half = standin::HalfToFloat(halves[i].bits);
+      const float bfloat = standin::BfloatToFloat(bfloats[i].bits);
+      Check(std::isnan(half) ? std::isnan(from_half[i]) : std::memcmp(&half, &from_half[i], 4) == 0,
             where + ": from float16 " + std::to_string(halves[i].bits));
       Check(std::isnan(bfloat) ? std::isnan(from_bfloat[i])
                                : std::memcmp(&bfloat, &from_bfloat[i], 4) == 0,
@@ -101,16 +95,17 @@ void TestWidth(bool flush) {
       const float v = values[i];
       const std::string at = where + ": of " + std::to_string(v) + ": ";
       const bool nan = std::isnan(v);
-      Check(
-          nan ? std::isnan(HalfValue(halves[i].bits)) : halves[i].bits == HalfBits(NearestHalf(v)),
-          at + "float16");
-      Check(nan ? std::isnan(BFloatValue(bfloats[i].bits)) : bfloats[i].bits == BFloatBits(v),
+      Check(nan ? std::isnan(standin::HalfToFloat(halves[i].bits))
+                : halves[i].bits == standin::ToHalf(v),
+            at + "float16");
+      Check(nan ? std::isnan(standin::BfloatToFloat(bfloats[i].bits))
+                : bfloats[i].bits == standin::ToBfloat(v),
             at + "bfloat16");
       const float code = nan ? 0 : std::min(std::max(std::nearbyint(v), -128.0f), 127.0f);
       Check(static_cast<float>(codes[i]) == code, at + "code " + std::to_string(codes[i]));
     }
   });
-  // Ties and their neighbours, for the codes.
+  // Codes of values halfway between two integers, and of their neighbours.
   for (int twice = -300; twice <= 300; ++twice) {
     for (const int64_t ulps : {-1, 0, 1}) {
       const float tie = static_cast<float>(twice) / 2;

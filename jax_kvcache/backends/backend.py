@@ -26,13 +26,14 @@ class Target:
       symbol: the handler's name in the native library.
       refusal: why it does not take a call with these operands (or their types), or None.
       prepare: the operands as the target takes them.
-      never_run: why `implementation=None` does not take it yet: it has never run on its hardware.
+      prefers_reference: why `implementation=None` does not take it for a call that it could take,
+        or None: the reference is faster, or the target has never run on its hardware.
     """
 
     symbol: str
     refusal: Callable[[Any], str | None] = _takes_everything
     prepare: Callable[[Any], Any] = _as_they_are
-    never_run: str | None = None
+    prefers_reference: Callable[[Any], str | None] = _takes_everything
 
 
 def register_with_jax(backend: "Backend") -> None:

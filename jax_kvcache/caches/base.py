@@ -106,8 +106,9 @@ class CacheBase:
         at = layer_index(self.layers, layer)
 
         def of_layer(parameter: Any) -> Any:
-            absent = at is None or parameter is None
-            return parameter if absent else take_one(parameter, at.number)
+            if at is None or parameter is None:
+                return parameter
+            return take_one(parameter, at.number)
 
         out = run(
             Call(

@@ -66,11 +66,8 @@ class KVCache(CacheBase):
             or more rows than int32 counts.
         """
         sizes = {"batch": batch, "length": length}
-        return cls(
-            **empty_fields(
-                sizes, num_kv_heads, head_dim, layers, scale_k, scale_v, offset_k, offset_v
-            )
-        )
+        scales = (scale_k, scale_v, offset_k, offset_v)
+        return cls(**empty_fields(sizes, num_kv_heads, head_dim, layers, *scales))
 
     def _indices(
         self, x: jax.Array, positions: ArrayLike, block_table: ArrayLike | None

@@ -67,11 +67,8 @@ class PagedKVCache(CacheBase):
             or more rows than int32 counts.
         """
         sizes = {"num_blocks": num_blocks, "block_size": block_size}
-        return cls(
-            **empty_fields(
-                sizes, num_kv_heads, head_dim, layers, scale_k, scale_v, offset_k, offset_v
-            )
-        )
+        scales = (scale_k, scale_v, offset_k, offset_v)
+        return cls(**empty_fields(sizes, num_kv_heads, head_dim, layers, *scales))
 
     def _indices(
         self, x: jax.Array, positions: ArrayLike, block_table: ArrayLike | None

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from jax_kvcache import backends
 from jax_kvcache.backends import library
-from jax_kvcache.cli import CommandError
+from jax_kvcache.cli import CommandError, bench_steps
 from jax_kvcache.cli import bench_cases as cases
 from jax_kvcache.cli.output import figure_file
 from jax_kvcache.ops.dequant_rope_quant_kvcache.primitive import NAME
@@ -101,7 +101,7 @@ def _page_faults() -> int:
 def _contestants(case: cases.Case, rotate: bool) -> dict[str, Contestant]:
     sets = 1 + (ROTATED_BYTES // case.bytes_moved if rotate else 0)
     inputs = [cases.make_inputs(case, seed) for seed in range(min(sets, 64))]
-    steps = cases.steps(case)
+    steps = bench_steps.steps(case)
     field = "C1" if case.cache_mode == "page" else "C2"
     larger = case._replace(**{field: CACHE_FACTOR * getattr(case, field)})
     found = {
@@ -110,7 +110,7 @@ def _contestants(case: cases.Case, rotate: bool) -> dict[str, Contestant]:
     }
     if case.form == "call":
         found["empty"] = Contestant(steps["empty"], cases.make_caches(case), inputs)
-        step = cases.memcpy_step(case, library.worth_threads(case.bytes_per_native_call))
+        step = bench_steps.memcpy_step(case, library.worth_threads(case.bytes_per_native_call))
         for name, size in (("memcpy", case.bytes_moved), ("half_memcpy", case.bytes_moved // 2)):
             state = cases.make_caches(case), jnp.zeros(size, jnp.uint8)
             copied = [(values, jnp.full(size, i, jnp.uint8)) for i, values in enumerate(inputs)]
@@ -181,7 +181,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise CommandError(f"nothing to measure: {reason}.")
     if jax.default_backend() != "cpu":
         raise CommandError("the benchmark is of the CPU kernel: set JAX_PLATFORMS=cpu.")
-    cases.register_comparisons()
+    bench_steps.register_comparisons()
     with figure_file(arguments.plot) as pyplot:
         report = _measure_all(arguments)
         if pyplot is not None:

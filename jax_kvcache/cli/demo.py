@@ -9,11 +9,11 @@ import time
 import jax
 import jax.numpy as jnp
 
-import jax_kvcache
 from jax_kvcache.cli import CommandError, add_model_arguments, model_from
 from jax_kvcache.model import Model, new_cache
 from jax_kvcache.model.generate import generate, greedy_with_float_cache
-from jax_kvcache.ops.implementation import Implementation
+from jax_kvcache.ops.dequant_rope_quant_kvcache.explain import explain
+from jax_kvcache.ops.implementation import Explanation, Implementation
 
 PROMPT = "import os\nimport sys\n\n\ndef "
 
@@ -96,7 +96,7 @@ def _rate(times: list[float]) -> str:
     return f"{(len(times) - 2) / (times[-1] - times[1]):.0f}"
 
 
-def _explain(model: Model, implementation: Implementation) -> jax_kvcache.Explanation:
+def _explain(model: Model, implementation: Implementation) -> Explanation:
     """What the operator says of one layer's call in a step."""
     config = model.config
     width = (config.n_q_heads + 2 * config.n_kv_heads) * config.head_dim
@@ -105,7 +105,7 @@ def _explain(model: Model, implementation: Implementation) -> jax_kvcache.Explan
     shape = (1, config.context, config.n_kv_heads, config.head_dim)
     k_cache, v_cache = (jax.ShapeDtypeStruct(shape, jnp.int8) for _ in "kv")
     heads = f32((config.n_kv_heads, config.head_dim))
-    return jax_kvcache.explain(
+    return explain(
         jax.ShapeDtypeStruct((1, 1, width), jnp.int32),
         table,
         table,

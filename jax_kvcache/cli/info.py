@@ -61,6 +61,4 @@ def _state(operator: str, name: str) -> str:
         return f"not available: there is no native target for platform '{name}'"
     if reason := backend.unavailable():
         return f"not available: {reason}"
-    if reason := backend.targets[operator].never_run:
-        return f"only when asked for: {reason}"
     return "available"

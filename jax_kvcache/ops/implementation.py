@@ -37,7 +37,7 @@ class Choice(NamedTuple):
     Attributes:
       native: whether it is the native target.
       reason: why it is not, or None.
-      surprising: whether the platform has a native target that was expected to run.
+      surprising: whether the user should be told: the platform's native target was expected to run.
     """
 
     native: bool
@@ -49,7 +49,7 @@ def choose(operator: str, platform: str, operands: Any, asked: Implementation) -
     """Decides what a platform runs; initialises no backend.
 
     `None` takes the native target where there is one that takes the call, "ffi" demands it, "xla"
-    is the reference anywhere. A target that has never run on its hardware is for "ffi" only.
+    is the reference anywhere. A target may say of a call that the reference is to be preferred.
 
     Args:
       operator: the operator's name.
@@ -66,9 +66,9 @@ def choose(operator: str, platform: str, operands: Any, asked: Implementation) -
     reason = target.refusal(operands)
     if reason is None and (backend.is_here() or not backend.lowers_elsewhere):
         reason = backend.unavailable()
-    if reason is None and target.never_run is not None and asked is None:
-        return Choice(False, target.never_run, False)
-    return Choice(reason is None, reason, True)
+    if reason is None and asked is None and (preference := target.prefers_reference(operands)):
+        return Choice(False, preference, False)
+    return Choice(reason is None, reason, reason is not None)
 
 
 class Explanation(NamedTuple):

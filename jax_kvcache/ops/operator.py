@@ -43,7 +43,7 @@ class Operator:
       operands: the table of its operands.
       results: the table of its results.
       derived: adds the sizes that follow from the operands' sizes.
-      reference: its jax.numpy implementation, of operands and options.
+      reference: its jax.numpy implementation, of operands, options and the platform lowered for.
       sharding: how it is spread over a mesh.
     """
 
@@ -51,7 +51,7 @@ class Operator:
     operands: type
     results: type
     derived: Callable[[dict[str, tuple[Any, ...]]], dict[str, tuple[Any, ...]]]
-    reference: Callable[[Any, Any], Any]
+    reference: Callable[[Any, Any, str], Any]
     sharding: mesh.Sharding
 
     def bind(self, primitive: Primitive, operands: Any, options: Options) -> list[jax.Array]:
@@ -98,7 +98,7 @@ def _result_types(operator: Operator, avals: Sequence[Any], options: Options) ->
     on = mesh.mesh_of(avals)
     if on.empty:
         return [core.ShapedArray(s, d) for s, d in zip(shapes, dtypes, strict=True)]
-    layout = operator.sharding.layout(on, ops, None)
+    layout = operator.sharding.layout(on, ops, None, options)
     specs = operator.sharding.result_specs(layout, shapes)
     # `Operator.bind` has made the operands that a result reads vary alike.
     most = max((a.manual_axis_type for a in avals), key=lambda t: len(t.varying))
@@ -183,9 +183,9 @@ def _native_call(
 
 
 def _lower(operator: Operator, primitive: Primitive, native: Primitive) -> None:
-    def reference(*operands, options):
+    def reference(*operands, options, platform):
         with jax.named_scope(operator.name):
-            return list(operator.reference(operator.operands(*operands), options))
+            return list(operator.reference(operator.operands(*operands), options, platform))
 
     def native_call(*operands, options, platform):
         types = _result_types(operator, list(map(jax.typeof, operands)), options)
@@ -198,24 +198,21 @@ def _lower(operator: Operator, primitive: Primitive, native: Primitive) -> None:
             platform = " and ".join(ctx.module_context.platforms)
         asked = options.implementation
         choice = choose(operator.name, platform, operator.operands(*ctx.avals_in), asked)
-        if choice.native:
-            emit = functools.partial(native_call, options=options, platform=platform)
-            return mlir.lower_fun(emit)(ctx, *operands)
-        if asked == "ffi":
+        emit = native_call if choice.native else reference
+        if asked == "ffi" and not choice.native:
             raise NotImplementedError(f'`implementation="ffi"`: {choice.reason}.')
         if choice.surprising:
             warnings.warn(
                 f"{operator.name} runs its XLA implementation on {platform}: {choice.reason}.",
                 stacklevel=2,
             )
-        return mlir.lower_fun(functools.partial(reference, options=options))(ctx, *operands)
+        emit = functools.partial(emit, options=options, platform=platform)
+        return mlir.lower_fun(emit)(ctx, *operands)
 
     mlir.register_lowering(native, native_lowering)
 
     def on_one_device(*operands, options):
         """The call of one device, on whichever platform is lowered."""
-        if options.implementation == "xla":
-            return reference(*operands, options=options)
 
         def branch(platform):
             return functools.partial(native.bind, platform=platform, options=options)
@@ -224,7 +221,11 @@ def _lower(operator: Operator, primitive: Primitive, native: Primitive) -> None:
         return lax.platform_dependent(*operands, default=branch(None), **branches)
 
     def lowering(ctx, *operands, options):
-        call = mesh.Call(operator.name, operator.operands, operator.results, on_one_device, options)
+        platform = " and ".join(ctx.module_context.platforms)
+        plain = functools.partial(reference, options=options, platform=platform)
+        call = mesh.Call(
+            operator.name, operator.operands, operator.results, on_one_device, plain, options
+        )
         return mlir.lower_fun(mesh.partitioned(ctx, call, operator.sharding))(ctx, *operands)
 
     requires_devices_during_lowering(primitive)

@@ -55,9 +55,10 @@ def rebase(slots: jax.Array, block: Any, rows: Any) -> jax.Array:
         inside = inside & is_row(jnp.asarray(block, jnp.int32), most)
         base = jnp.asarray(block, jnp.int32) * _int32(rows)
     else:  # numbers that are known while tracing cost the program nothing
-        block = np.asarray(block)
-        assert ((block >= 0) & (block < most)).all(), "the caller checks what is known"
-        base = jnp.asarray(block * rows, jnp.int32)
+        known = (np.asarray(block) >= 0) & (np.asarray(block) < most)
+        base = jnp.asarray(np.where(known, block, 0) * rows, jnp.int32)
+        if not known.all():
+            inside = inside & known
     return jnp.where(inside, base + slots, jnp.full_like(slots, -1))
 
 
@@ -131,6 +132,22 @@ def unravel_in_bounds(slots: jax.Array, row_dims: Sequence[Any]) -> list[jax.Arr
         index.append(slots % _int32(size))
         slots = slots // _int32(size)
     return [slots, *reversed(index)]
+
+
+def axes_named(axis_name: Any) -> Axes:
+    """The mesh axes of an `axis_name` argument: None, one name, or several."""
+    if axis_name is None:
+        return ()
+    return (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+
+
+def shard_positions(positions: jax.Array, rows: Any, axes: Axes) -> jax.Array:
+    """Inside a shard's body: positions counted from the first of this device's `rows` rows.
+
+    A position past this device's rows stays past them, and one before them becomes negative.
+    """
+    # A position below -1 could wrap around, and means the same as -1.
+    return jnp.maximum(positions, -1) - lax.axis_index(axes) * _int32(rows)
 
 
 def shard_slots(

@@ -20,7 +20,7 @@ _LIBRARIES = {
     "libnnopbase.so": (("libnnopbase.cc",), ("libascend_standin.so",)),
     "libascendcl.so": (("libascendcl.cc",), ("libascend_standin.so",)),
     "libopapi.so": (
-        ("libopapi.cc", "arithmetic.cc", "validation.cc"),
+        ("libopapi.cc", "dequant_rope_quant_kvcache.cc", "validation.cc"),
         ("libascend_standin.so", "libnnopbase.so"),
     ),
 }

@@ -1,189 +1,183 @@
-"""Attention of new queries over an int8 KV cache, read as it lies."""
+"""The public function: argument checks, the canonical form, and what comes back."""
+
+import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax import lax
 from jax.typing import ArrayLike
 
 from jax_kvcache.caches import KVCache, PagedKVCache
-from jax_kvcache.caches.checks import check_caches, layer_index
-from jax_kvcache.ops.checks import FLOATS, check_array, check_int32
-
-# Rows of each sequence that one step of the loop reads.  Long enough that a step's work hides the
-# loop's cost, short enough that the float32 copy of a chunk stays small beside the cache.
-_CHUNK_ROWS = 128
+from jax_kvcache.caches.checks import layer_index
+from jax_kvcache.ops.decode_attention.checks import Call, check_call
+from jax_kvcache.ops.decode_attention.merge import merge_over_axes
+from jax_kvcache.ops.decode_attention.primitive import bind
+from jax_kvcache.ops.decode_attention.reference import AttentionOptions, Operands
+from jax_kvcache.ops.implementation import Implementation
+from jax_kvcache.ops.indexing import take_one
+from jax_kvcache.ops.operands import absent, is_absent
+from jax_kvcache.ops.slots import axes_named, rebase, shard_positions, shard_slots
 
 
 def decode_attention(
     q: jax.Array,
     cache: KVCache | PagedKVCache,
-    lengths: ArrayLike,
+    lengths: ArrayLike | None = None,
     *,
+    positions: ArrayLike | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
     block_table: ArrayLike | None = None,
     layer: ArrayLike | None = None,
-    scale: float | None = None,
-) -> jax.Array:
-    """Attention of S new tokens per sequence over the rows of an int8 cache.
+    scale: ArrayLike | None = None,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: jax.Array | None = None,
+    return_lse: bool = False,
+    implementation: Implementation = None,
+) -> Any:
+    """Attention of S new tokens per sequence over the rows of an int8 cache, read as it lies.
 
-    `softmax(scale * q @ k.T) @ v` with k and v = (code - offset) * scale of the channel, where
-    query head j reads cache head j // (Nq / Nkv) and query s sees rows < lengths - S + s + 1.
-    The arithmetic is float32.
+    `softmax(scale * q @ k.T) @ v`, with k and v = (code - offset) * scale of the channel; query
+    head j reads cache head j // (Nq / Nkv). The arithmetic is float32 on every platform. S is any
+    number: one token of a decode step, a few speculative ones, a chunk of a prompt.
 
-    What it costs: the cache is read in chunks of 128 rows per sequence by a loop that ends with
-    the longest of `lengths`, so time follows the rows in use and not the cache's size.  Each of K
-    and V needs one chunk in float32, [B, 128, Nkv, D], besides scores of [B, Nq, S, 128]; neither
-    the cache nor a layer of it is ever dequantised, gathered or copied as a whole.  The scales
-    cost nothing per row: K's is multiplied into q and V's into the output; V's offset is
-    subtracted from the output, and K's adds the same number to every score of a query, which
-    softmax removes.
+    Which rows a query sees is given by exactly one of `lengths` and `positions`:
+
+    - `positions`: query s of sequence b sees the rows up to and including positions[b, s]. A
+      negative position is padding: the query sees nothing and its result is zeros. This is the form
+      for ragged batches, wherever the padding is.
+    - `lengths`: **the number of rows that the last of the S queries sees**, so that query s sees
+      rows < lengths - S + s + 1. **Every sequence has S new tokens then, and the last of them is
+      the last row; a batch of prompts that are padded on the right needs `positions`.**
+
+    For prompts of 5 and 8 tokens, padded to S = 8 and written to rows 0 and on:
+
+        step = jnp.arange(8)
+        positions = jnp.where(step < jnp.array([[5], [8]]), step, -1)
+        out = decode_attention(q, cache, positions=positions)
+
+    Rows, blocks and lengths outside the cache are not seen and never read.
+
+    What it costs: the reference reads the cache in chunks of rows, up to the last row that any
+    sequence sees. Beside the results it takes one chunk of K and V in float32 and its scores: about
+    4 MB on a CPU and 256 MB elsewhere, and never less than 128 rows of each sequence take. Queries
+    go in tiles of 256. Neither the cache nor a layer is dequantised, gathered or copied as a whole.
+
+    Under `jax.vmap` a cache that is not mapped is shared, not copied. Over several devices it is
+    computed where the cache is: shard B (or the blocks) and the heads; sharded rows and blocks
+    merge by the log-sum-exp, with one maximum and one sum. Inside `jax.shard_map`, `axis_name` does
+    that.
 
     Args:
-      q: [B, S, Nq, D] float, the operator's q; Nq is a multiple of the cache's Nkv.
+      q: [B, S, Nq, D] float16, bfloat16 or float32, the operator's q; Nq is a multiple of Nkv.
       cache: the cache that already holds the S new tokens' rows.
-      lengths: [B] int32, valid rows of each sequence, the S new ones included.  0 gives zeros.
+      lengths: [B] int32, see above; 0 gives zeros.
+      positions: [B, S] int32, see above.
+      axis_name: inside `jax.shard_map`, the mesh axis, or axes, over which the blocks of a
+        `PagedKVCache` or the rows of a `KVCache` are sharded. Block numbers and positions are those
+        of the whole cache; every device gets the whole result.
       block_table: [B, M] int32, for a `PagedKVCache` only: the block of rows m * block_size and
-        on.  Rows of a block outside [0, num_blocks) are not seen.
+        on. Rows of a block outside [0, num_blocks) are not seen.
       layer: the layer to read, an int or an integer scalar; for a cache with layers only. A traced
-        one that does not exist reads the nearest.
+        one that does not exist gives NaN.
       scale: factor of the scores; None is D ** -0.5.
+      window: a query sees only the last `window` rows up to its own; None: all of them.
+      soft_cap: scores become soft_cap * tanh(score / soft_cap); None: they stay.
+      sinks: [Nq] float32, one learned logit per query head that takes part in the softmax and has
+        no value.
+      return_lse: whether the log-sum-exp of the scores comes back too, for `merge_attention`.
+      implementation: None takes the platform's native target where there is one and it is the
+        faster, else XLA; "ffi" demands the native target and raises where there is none; "xla" is
+        the jax.numpy reference. `jax_kvcache.explain_attention` says which one a call gets.
 
     Returns:
-      [B, S, Nq, D] in the dtype of q.
+      [B, S, Nq, D] in the dtype of q. With `return_lse` a pair of that and lse, [B, S, Nq] float32:
+      natural, -inf where a query sees nothing, without the sinks.
 
     Raises:
-      TypeError: a dtype or rank is not as above, or an argument does not go with this cache.
-      ValueError: a shape is not as above.
+      TypeError: a dtype or rank is not as above, both or neither of `lengths` and `positions`, or
+        an argument that does not go with this cache.
+      ValueError: a shape or a value is not as above.
+      NotImplementedError: `implementation="ffi"` where there is no native target.
     """
-    lengths = jnp.maximum(check_int32("lengths", lengths, "B"), 0)
-    table = None if block_table is None else check_int32("block_table", block_table, "B, M")
-    _check(q, cache, lengths, table, scale)
-    at = layer_index(cache.layers, layer)
-    layer = None if at is None else at.number
-    batch, steps, q_heads, head_dim = q.shape
-    kv_heads = cache.k_cache.shape[-2]
-    scale_k, scale_v, offset_v = cache.scale_k, cache.scale_v, cache.offset_v
-    if layer is not None:
-        scale_k, scale_v = scale_k[layer], scale_v[layer]
-        offset_v = None if offset_v is None else offset_v[layer]
-
-    factor = scale_k * (head_dim**-0.5 if scale is None else scale)  # [Nkv, D]
-    grouped = q.astype(jnp.float32).reshape(batch, steps, kv_heads, q_heads // kv_heads, head_dim)
-    grouped = grouped * factor[None, None, :, None, :]
-    capacity = (cache.k_cache.shape[-3]) * (1 if table is None else table.shape[1])
-    chunk = min(_CHUNK_ROWS, capacity)
-    limit = lengths[:, None] - steps + 1 + jnp.arange(steps, dtype=jnp.int32)[None, :]  # [B, S]
-
-    def read(codes: jax.Array, rows: jax.Array, blocks: jax.Array | None) -> jax.Array:
-        if blocks is None:
-            chunk_codes = _slice_rows(codes, rows[0], chunk, batch, layer)
-        else:
-            chunk_codes = _gather_rows(codes, blocks, rows % codes.shape[-3], layer)
-        return chunk_codes.astype(jnp.float32)  # [B, chunk, Nkv, D]
-
-    def fold_in(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        """Adds one chunk of rows to the running softmax."""
-        # [B, 1, 1, S], [B, Nkv, G, S], the same, [B, Nkv, G, S, D]
-        any_seen, peak, total, sums = state
-        first = jnp.minimum(i * chunk, capacity - chunk)
-        rows = first + jnp.arange(chunk, dtype=jnp.int32)
-        fresh = (rows >= i * chunk)[None, :]  # the last chunk reaches back to stay inside
-        blocks = None
-        if table is not None:
-            blocks = jnp.take(table, rows // cache.k_cache.shape[-3], axis=1)  # [B, chunk]
-            fresh = fresh & (blocks >= 0) & (blocks < cache.k_cache.shape[-4])
-        seen = fresh[:, None, :] & (rows[None, None, :] < limit[:, :, None])  # [B, S, chunk]
-        seen = seen[:, None, None]
-        scores = jnp.einsum("bsngd,bcnd->bngsc", grouped, read(cache.k_cache, rows, blocks))
-        scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
-        new_peak = jnp.maximum(peak, scores.max(axis=-1))
-        weights = jnp.where(seen, jnp.exp(scores - new_peak[..., None]), 0.0)
-        kept = jnp.exp(peak - new_peak)
-        values = jnp.einsum("bngsc,bcnd->bngsd", weights, read(cache.v_cache, rows, blocks))
-        return (
-            any_seen | seen.any(axis=-1),
-            new_peak,
-            total * kept + weights.sum(axis=-1),
-            sums * kept[..., None] + values,
+    return run(
+        Call(
+            q, cache, lengths, positions, axis_name, block_table, layer, scale, window, soft_cap,
+            sinks, return_lse, implementation,
         )
+    )  # fmt: skip
 
-    start = jnp.zeros_like(grouped.transpose(0, 2, 3, 1, 4))  # [B, Nkv, G, S, D]
-    peak = jnp.full_like(start[..., 0], jnp.finfo(jnp.float32).min)
-    longest = jnp.clip(lengths.max(initial=0), 0, capacity)
-    any_seen = jnp.zeros_like(peak[:, :1, :1], bool)
-    any_seen, _, total, sums = jax.lax.fori_loop(
-        0, -(-longest // chunk), fold_in, (any_seen, peak, start[..., 0], start)
+
+def run(call: Call) -> Any:
+    """Checks a call and runs it."""
+    operands, options, exists = canonical_operands(call)
+    if axes := axes_named(call.axis_name):
+        out, lse = _over_axes(operands, options, axes)
+    else:
+        out, lse = bind(operands, options)
+    if exists is not None:
+        out = jnp.where(exists, out, jnp.asarray(jnp.nan, out.dtype))
+        lse = jnp.where(exists, lse, jnp.nan)
+    return (out, lse) if call.return_lse else out
+
+
+def _over_axes(operands: Operands, options: AttentionOptions, axes: tuple[str, ...]) -> Any:
+    """Inside `jax.shard_map`: this device's part, merged with the others'."""
+    q, sinks = operands.q, None if is_absent(operands.sinks) else operands.sinks
+    part = operands._replace(q=q.astype(jnp.float32), sinks=absent())
+    out, lse = bind(part, dataclasses.replace(options, return_lse=True))
+    out, lse = merge_over_axes(out, lse, axes, sinks)
+    return out.astype(q.dtype), lse
+
+
+def canonical_operands(call: Call) -> tuple[Operands, AttentionOptions, jax.Array | None]:
+    """Checks a call and puts it in the primitive's form.
+
+    Returns:
+      The operands, the options, and whether the layer exists (None for a cache without layers).
+    """
+    call = check_call(call)
+    cache = call.cache
+    at = layer_index(cache.layers, call.layer)
+    is_contiguous = isinstance(cache, KVCache)
+    blocks, R = cache.k_cache.shape[-4:-2]
+    table, positions = call.block_table, call.positions
+    axes = axes_named(call.axis_name)
+    if is_contiguous:
+        table = jnp.arange(call.q.shape[0], dtype=jnp.int32)[:, None]
+        if axes:
+            positions = shard_positions(positions, R, axes)
+    elif axes:
+        table = shard_slots(table, (blocks,), (axes,), (lax.axis_size(axes),))
+    if at is not None:
+        table = rebase(table, jnp.where(at.exists, at.number, jnp.int32(-1)), blocks)
+
+    def of_layer(parameter: jax.Array | None) -> jax.Array:
+        if parameter is None:
+            return absent()
+        return parameter if at is None else take_one(parameter, at.number)
+
+    static = isinstance(call.scale, jax.Array)
+    scale_k = of_layer(cache.scale_k)
+    operands = Operands(
+        q=jnp.asarray(call.q),
+        k_cache=cache.k_cache,
+        v_cache=cache.v_cache,
+        table=table,
+        positions=positions,
+        scale_k=scale_k * call.scale.astype(jnp.float32) if static else scale_k,
+        scale_v=of_layer(cache.scale_v),
+        offset_k=of_layer(cache.offset_k),
+        offset_v=of_layer(cache.offset_v),
+        sinks=absent() if call.sinks is None else jnp.asarray(call.sinks),
     )
-    mean = sums / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]
-    if offset_v is not None:
-        mean = mean - offset_v[None, :, None, None, :]
-    out = jnp.where(any_seen[..., None], mean * scale_v[None, :, None, None, :], 0.0)
-    return out.transpose(0, 3, 1, 2, 4).reshape(batch, steps, q_heads, head_dim).astype(q.dtype)
-
-
-def _slice_rows(
-    codes: jax.Array, first: jax.Array, count: int, batch: int, layer: jax.Array | None
-) -> jax.Array:
-    """Rows first .. first + count - 1 of every sequence: [B, count, Nkv, D]."""
-    zero = jnp.zeros((), jnp.int32)
-    starts, sizes = (zero, first, zero, zero), (batch, count, *codes.shape[-2:])
-    if layer is None:
-        return jax.lax.dynamic_slice(codes, starts, sizes)
-    return jax.lax.dynamic_slice(codes, (layer, *starts), (1, *sizes))[0]
-
-
-def _gather_rows(
-    codes: jax.Array, blocks: jax.Array, rows: jax.Array, layer: jax.Array | None
-) -> jax.Array:
-    """Row rows[c] of block blocks[b, c]: [B, chunk, Nkv, D]."""
-    rows = jnp.broadcast_to(rows[None, :], blocks.shape)
-    if layer is None:
-        return codes.at[blocks, rows].get(mode="clip")
-    return codes.at[jnp.broadcast_to(layer, blocks.shape), blocks, rows].get(mode="clip")
-
-
-def _check(
-    q: jax.Array,
-    cache: KVCache | PagedKVCache,
-    lengths: jax.Array,
-    table: jax.Array | None,
-    scale: float | None,
-) -> None:
-    """Raises for every argument of `decode_attention` that does not fit the others."""
-    if not isinstance(cache, KVCache | PagedKVCache):
-        raise TypeError(f"`cache` must be a KVCache or a PagedKVCache, got {type(cache).__name__}.")
-    check_caches(cache)
-    check_array("q", q, FLOATS, (4,))
-    if not _is_real_or_none(scale):
-        raise TypeError(f"`scale` must be a real number, got {scale!r}.")
-    batch, _, q_heads, head_dim = q.shape
-    for name, value in (("lengths", lengths), ("block_table", table)):
-        if value is not None and value.shape[0] != batch:
-            raise ValueError(
-                f"`{name}` must have one entry per sequence of `q` = {batch}, got {value.shape[0]}."
-            )
-    blocks, _, kv_heads, cache_dim = cache.k_cache.shape[-4:]
-    if head_dim != cache_dim or q_heads % kv_heads or not q_heads:
-        raise ValueError(
-            "`q` must have shape [B, S, Nq, D] with D = "
-            f"{cache_dim} and Nq a multiple of Nkv = {kv_heads}, got {list(q.shape)}."
-        )
-    if isinstance(cache, KVCache):
-        if table is not None:
-            raise TypeError(
-                "`block_table` must be None for a KVCache: only a PagedKVCache has one."
-            )
-        if batch > blocks:
-            raise ValueError(
-                f"`q` must have at most as many sequences as the cache = {blocks}, got {batch}."
-            )
-        return
-    if table is None:
-        raise TypeError("`block_table` is required for a PagedKVCache, got None.")
-    if not table.shape[1]:
-        raise ValueError("`block_table` must have at least one column, got [B, 0].")
-
-
-def _is_real_or_none(value: ArrayLike | None) -> bool:
-    if isinstance(value, jax.Array):
-        return not value.ndim and jnp.issubdtype(value.dtype, jnp.floating)
-    return value is None or isinstance(value, int | float | np.integer | np.floating)
+    options = AttentionOptions(
+        implementation=call.implementation,
+        scale=1.0 if static else float(call.scale),
+        window=call.window,
+        soft_cap=call.soft_cap,
+        return_lse=bool(call.return_lse),
+        contiguous=is_contiguous,
+    )
+    return operands, options, None if at is None else at.exists

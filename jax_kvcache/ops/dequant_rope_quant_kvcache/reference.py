@@ -175,8 +175,11 @@ def write_rows(cache, slots, rows, mode):
     return write_group(cache, index, rows)
 
 
-def dequant_rope_quant_kvcache_reference(operands: Operands, options: WriteOptions) -> Results:
-    """The whole operator on the primitive's operands."""
+def dequant_rope_quant_kvcache_reference(
+    operands: Operands, options: WriteOptions, platform: str
+) -> Results:
+    """The whole operator on the primitive's operands; the same on every platform."""
+    del platform
     ops = operands
     num_kv_heads, head_dim = ops.k_cache.shape[-2:]
     dtype = ops.cos.dtype

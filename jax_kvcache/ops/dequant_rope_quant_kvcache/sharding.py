@@ -36,11 +36,12 @@ class Layout(NamedTuple):
         return partition_spec(dims, shape, len(self.groups), axes)
 
 
-def layout_of(mesh: Any, ops: Any, results: Any) -> Layout:
+def layout_of(mesh: Any, ops: Any, results: Any, options: Any) -> Layout:
     """The layout that the operands' shardings ask for; see `mesh.Sharding`.
 
     Where the tokens are not sharded, the sharding that is wanted of q decides.
     """
+    del options
     group_rank = len(ops.slots.shape) - 1
     cache, v_cache = (axes_of(c.sharding, len(c.shape)) for c in (ops.k_cache, ops.v_cache))
     if cache != v_cache:

@@ -1,6 +1,6 @@
 // The stand-in toolkit's acl/acl.h: the one function of the runtime that is called.
-#ifndef JAX_KVCACHE_STANDIN_ACL_ACL_H_
-#define JAX_KVCACHE_STANDIN_ACL_ACL_H_
+#ifndef JAX_KVCACHE_FFI_STANDIN_ACL_ACL_H_
+#define JAX_KVCACHE_FFI_STANDIN_ACL_ACL_H_
 
 #include <stdint.h>
 
@@ -16,4 +16,4 @@ const char* aclGetRecentErrMsg();
 }
 #endif
 
-#endif  // JAX_KVCACHE_STANDIN_ACL_ACL_H_
+#endif  // JAX_KVCACHE_FFI_STANDIN_ACL_ACL_H_

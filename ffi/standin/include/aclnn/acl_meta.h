@@ -1,6 +1,6 @@
 // The stand-in toolkit's aclnn/acl_meta.h: descriptors and executors, as CANN documents them.
-#ifndef JAX_KVCACHE_STANDIN_ACLNN_ACL_META_H_
-#define JAX_KVCACHE_STANDIN_ACLNN_ACL_META_H_
+#ifndef JAX_KVCACHE_FFI_STANDIN_ACLNN_ACL_META_H_
+#define JAX_KVCACHE_FFI_STANDIN_ACLNN_ACL_META_H_
 
 #include <stdint.h>
 
@@ -35,4 +35,4 @@ aclnnStatus aclDestroyAclOpExecutor(aclOpExecutor* executor);
 }
 #endif
 
-#endif  // JAX_KVCACHE_STANDIN_ACLNN_ACL_META_H_
+#endif  // JAX_KVCACHE_FFI_STANDIN_ACLNN_ACL_META_H_

@@ -1,6 +1,6 @@
 // The stand-in toolkit's header of the operator: its two calls, as CANN documents them.
-#ifndef JAX_KVCACHE_STANDIN_ACLNNOP_ACLNN_DEQUANT_ROPE_QUANT_KVCACHE_H_
-#define JAX_KVCACHE_STANDIN_ACLNNOP_ACLNN_DEQUANT_ROPE_QUANT_KVCACHE_H_
+#ifndef JAX_KVCACHE_FFI_STANDIN_ACLNNOP_ACLNN_DEQUANT_ROPE_QUANT_KVCACHE_H_
+#define JAX_KVCACHE_FFI_STANDIN_ACLNNOP_ACLNN_DEQUANT_ROPE_QUANT_KVCACHE_H_
 
 #include "acl/acl.h"
 #include "aclnn/acl_meta.h"
@@ -26,4 +26,4 @@ aclnnStatus aclnnDequantRopeQuantKvcache(void* workspace, uint64_t workspaceSize
 }
 #endif
 
-#endif  // JAX_KVCACHE_STANDIN_ACLNNOP_ACLNN_DEQUANT_ROPE_QUANT_KVCACHE_H_
+#endif  // JAX_KVCACHE_FFI_STANDIN_ACLNNOP_ACLNN_DEQUANT_ROPE_QUANT_KVCACHE_H_
