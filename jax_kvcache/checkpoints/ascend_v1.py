@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jax_kvcache.checkpoints.errors import CheckpointError
 from jax_kvcache.checkpoints.json_files import read_json
 from jax_kvcache.checkpoints.linears import (
+    Format,
     KvParameters,
-    as_array,
     finite,
     float32,
     float_weight,
@@ -50,7 +51,7 @@ _CACHE_NAMES = {
 }
 
 
-class AscendV1Format:
+class AscendV1Format(Format):
     """Reads linear layers by the types that the description gives their tensors."""
 
     def __init__(self, folder: Path, files: TensorFiles):
@@ -59,7 +60,7 @@ class AscendV1Format:
         Raises:
           CheckpointError: an entry or a tensor is unknown, or one has no other.
         """
-        self.files = files
+        super().__init__(files)
         path = folder / DESCRIPTION
         entries = read_json(path)
         self.has_cache = "kv_cache_type" in entries or "kv_quant_type" in entries
@@ -110,28 +111,28 @@ class AscendV1Format:
         added = optional_bias(self.files, name, out, bias and not static_part)
         if kind == "FLOAT":
             weight = float_weight(self.files, f"{name}.weight", out, width)
-            return FloatLinear(weight, as_array(added))
+            return FloatLinear(weight, added)
         codes = self.files.take(f"{name}.weight", [(out, width)], ("I8",))
         if static_part:
             return self._static(name, codes)  # quant_bias holds the bias: it is not added again
         scale = self._weight_scale(name, out)
         if kind == "W8A16":
-            return FloatLinear(as_array(codes.astype(np.float32) * scale[:, None]), as_array(added))
+            return FloatLinear(jnp.asarray(codes.astype(np.float32) * scale[:, None]), added)
         if kind == "W8A8_MIX":
             self._static(name, codes)  # checked, and not used
             self.mixed.append(name)
-        return DynamicInt8Linear(as_array(codes), as_array(scale), as_array(added))
+        return DynamicInt8Linear(jnp.asarray(codes), jnp.asarray(scale), added)
 
     def _static(self, name: str, codes: np.ndarray) -> StaticInt8Linear:
         out = len(codes)
         scale = float32(self.files, f"{name}.input_scale", (1,))
         offset = float32(self.files, f"{name}.input_offset", (1,))
         return StaticInt8Linear(
-            as_array(codes),
-            as_array(finite(f"{name}.input_scale", scale, positive=True)[0]),
-            as_array(finite(f"{name}.input_offset", offset)[0]),
-            as_array(self._deq_scale(name, out)),
-            as_array(self.files.take(f"{name}.quant_bias", [(out,)], ("I32",))),
+            jnp.asarray(codes),
+            jnp.asarray(finite(f"{name}.input_scale", scale, positive=True)[0]),
+            jnp.asarray(finite(f"{name}.input_offset", offset)[0]),
+            jnp.asarray(self._deq_scale(name, out)),
+            jnp.asarray(self.files.take(f"{name}.quant_bias", [(out,)], ("I32",))),
         )
 
     def _deq_scale(self, name: str, out: int) -> np.ndarray:
@@ -162,12 +163,12 @@ class AscendV1Format:
     def embedding(self, name: str, vocab: int, width: int) -> jax.Array:
         """See `Format`."""
         self._check_type(f"{name}.weight", "FLOAT")
-        return float_weight(self.files, f"{name}.weight", vocab, width)
+        return super().embedding(name, vocab, width)
 
     def vector(self, name: str, size: int) -> np.ndarray:
         """See `Format`."""
         self._check_type(f"{name}.weight", "FLOAT")
-        return float32(self.files, f"{name}.weight", (size,))
+        return super().vector(name, size)
 
     def kv_parameters(self, attention: str, heads: int, head_dim: int) -> KvParameters | None:
         """See `Format`; offsets that are all zero count as none."""
@@ -189,7 +190,7 @@ class AscendV1Format:
 
     def check_all_used(self) -> None:
         """See `Format`."""
-        self.files.check_all_used()
+        super().check_all_used()
         if self.mixed:
             warnings.warn(
                 f"{len(self.mixed)} linear layers are W8A8_MIX, as `{self.mixed[0]}`: their "

@@ -3,14 +3,14 @@
 import re
 from typing import Any
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jax_kvcache.checkpoints.errors import CheckpointError
 from jax_kvcache.checkpoints.json_files import Values
 from jax_kvcache.checkpoints.linears import (
+    Format,
     KvParameters,
-    as_array,
     finite,
     float32,
     float_weight,
@@ -27,7 +27,7 @@ _STATIC_INPUTS = {**_INT8, "strategy": "tensor", "dynamic": False}
 _HARMLESS = ("observer", "observer_kwargs", "scale_dtype", "zp_dtype")
 
 
-class CompressedTensorsFormat:
+class CompressedTensorsFormat(Format):
     """Reads linear layers as `quantization_config` of config.json describes them."""
 
     def __init__(self, files: TensorFiles, quantization: dict[str, Any]):
@@ -36,7 +36,7 @@ class CompressedTensorsFormat:
         Raises:
           CheckpointError: it describes something that this reader does not know.
         """
-        self.files = files
+        super().__init__(files)
         config = Values(quantization, '"quantization_config" of config.json')
         _expect(config, "format", "int-quantized")
         _expect(config, "quantization_status", "compressed", None)
@@ -83,7 +83,7 @@ class CompressedTensorsFormat:
 
     def linear(self, name: str, out: int, width: int, bias: bool) -> Linear:
         """See `Format`."""
-        added = as_array(optional_bias(self.files, name, out, bias))
+        added = optional_bias(self.files, name, out, bias)
         if self._is_ignored(name):
             return FloatLinear(float_weight(self.files, f"{name}.weight", out, width), added)
         codes = self.files.take(f"{name}.weight", [(out, width)], ("I8",))
@@ -91,21 +91,12 @@ class CompressedTensorsFormat:
             f"{name}.weight_scale", float32(self.files, f"{name}.weight_scale", (out, 1))
         ).reshape(out)
         if not self.static:
-            return DynamicInt8Linear(as_array(codes), as_array(scale), added)
+            return DynamicInt8Linear(jnp.asarray(codes), jnp.asarray(scale), added)
         key = f"{name}.input_scale"
         inputs = finite(key, float32(self.files, key, (1,)), positive=True)[0]
-        return StaticInt8Linear(
-            as_array(codes), as_array(inputs), as_array(np.float32(0)), as_array(scale * inputs),
-            added,
-        )  # fmt: skip
-
-    def embedding(self, name: str, vocab: int, width: int) -> jax.Array:
-        """See `Format`."""
-        return float_weight(self.files, f"{name}.weight", vocab, width)
-
-    def vector(self, name: str, size: int) -> np.ndarray:
-        """See `Format`."""
-        return float32(self.files, f"{name}.weight", (size,))
+        no_offset = jnp.float32(0)
+        arrays = (jnp.asarray(a) for a in (codes, inputs, no_offset, scale * inputs))
+        return StaticInt8Linear(*arrays, added)
 
     def kv_parameters(self, attention: str, heads: int, head_dim: int) -> KvParameters | None:
         """See `Format`."""
@@ -120,10 +111,6 @@ class CompressedTensorsFormat:
                 values.reshape(-1, 1), (heads, head_dim)
             ).copy()
         return parameters
-
-    def check_all_used(self) -> None:
-        """See `Format`."""
-        self.files.check_all_used()
 
 
 def _expect(values: Values, key: str, *allowed: Any) -> None:

@@ -1,13 +1,11 @@
 """From tensors to linear layers: what every format shares."""
 
-from typing import Protocol
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jax_kvcache.checkpoints.errors import CheckpointError
-from jax_kvcache.checkpoints.tensors import FLOATS, TensorFiles
+from jax_kvcache.checkpoints.tensors import TensorFiles
 from jax_kvcache.model.linear import (
     DynamicInt8Linear,
     FloatLinear,
@@ -18,30 +16,6 @@ from jax_kvcache.model.linear import (
 from jax_kvcache.rope import permute_for_rope
 
 KvParameters = dict[str, np.ndarray]  # scale_k, scale_v, offset_k, offset_v: [Nkv, D] float32
-
-
-class Format(Protocol):
-    """What a format's reader can do; the names are the tensors' without their last part."""
-
-    def linear(self, name: str, out: int, width: int, bias: bool) -> Linear:
-        """The layer `name`, [out, width]; `bias` says whether there must be one."""
-        ...
-
-    def embedding(self, name: str, vocab: int, width: int) -> jax.Array:
-        """The embedding, [vocab, width] float."""
-        ...
-
-    def vector(self, name: str, size: int) -> np.ndarray:
-        """A norm's gain, [size] float32."""
-        ...
-
-    def kv_parameters(self, attention: str, heads: int, head_dim: int) -> KvParameters | None:
-        """The cache's parameters of the layer whose attention is `attention`, if it has them."""
-        ...
-
-    def check_all_used(self) -> None:
-        """Raises CheckpointError for whatever in the folder nothing has asked for."""
-        ...
 
 
 def float32(files: TensorFiles, name: str, *shapes: tuple[int, ...]) -> np.ndarray:
@@ -64,47 +38,56 @@ def float_weight(files: TensorFiles, name: str, out: int, width: int) -> jax.Arr
     return jnp.asarray(weight.astype(np.float32) if weight.dtype == np.float16 else weight)
 
 
-def optional_bias(files: TensorFiles, name: str, out: int, required: bool) -> np.ndarray | None:
+def optional_bias(files: TensorFiles, name: str, out: int, required: bool) -> jax.Array | None:
     """The bias of the linear layer `name`, or None where it has none and needs none."""
     key = f"{name}.bias"
-    return float32(files, key, (out,)) if required or key in files else None
+    return jnp.asarray(float32(files, key, (out,))) if required or key in files else None
 
 
-class FloatFormat:
+class Format:
+    """What every format's reader can do; names are the tensors' without their last part."""
+
+    def __init__(self, files: TensorFiles):
+        """Takes the open files."""
+        self.files = files
+
+    def linear(self, name: str, out: int, width: int, bias: bool) -> Linear:
+        """The layer `name`, [out, width]; `bias` says whether there must be one."""
+        raise NotImplementedError
+
+    def embedding(self, name: str, vocab: int, width: int) -> jax.Array:
+        """The embedding, [vocab, width] float."""
+        return float_weight(self.files, f"{name}.weight", vocab, width)
+
+    def vector(self, name: str, size: int) -> np.ndarray:
+        """A norm's gain, [size] float32."""
+        return float32(self.files, f"{name}.weight", (size,))
+
+    def kv_parameters(self, attention: str, heads: int, head_dim: int) -> KvParameters | None:
+        """The cache's parameters of the layer whose attention is `attention`, if it has them."""
+        return None
+
+    def check_all_used(self) -> None:
+        """Raises CheckpointError for whatever in the folder nothing has asked for."""
+        self.files.check_all_used()
+
+
+class FloatFormat(Format):
     """A folder without quantisation; `quantize` makes int8 weights as they are read."""
 
     def __init__(self, files: TensorFiles, quantize: bool):
         """Takes the open files."""
-        self.files, self.quantize = files, quantize
+        super().__init__(files)
+        self.quantize = quantize
 
     def linear(self, name: str, out: int, width: int, bias: bool) -> Linear:
         """See `Format`."""
         weight = float_weight(self.files, f"{name}.weight", out, width)
         added = optional_bias(self.files, name, out, bias)
         if self.quantize and name != "lm_head":
-            return DynamicInt8Linear(*jax.jit(quantize_weight)(weight), as_array(added))
-        return FloatLinear(weight, as_array(added))
-
-    def embedding(self, name: str, vocab: int, width: int) -> jax.Array:
-        """See `Format`."""
-        return float_weight(self.files, f"{name}.weight", vocab, width)
-
-    def vector(self, name: str, size: int) -> np.ndarray:
-        """See `Format`."""
-        return float32(self.files, f"{name}.weight", (size,))
-
-    def kv_parameters(self, attention: str, heads: int, head_dim: int) -> KvParameters | None:
-        """See `Format`; a float folder has none."""
-        return None
-
-    def check_all_used(self) -> None:
-        """See `Format`."""
-        self.files.check_all_used()
-
-
-def as_array(values: np.ndarray | None) -> jax.Array | None:
-    """A JAX array, or None."""
-    return None if values is None else jnp.asarray(values)
+            codes, scale = jax.jit(quantize_weight)(weight)
+            return DynamicInt8Linear(codes, scale, added)
+        return FloatLinear(weight, added)
 
 
 def permute(linear: Linear, head_dim: int, rotary_dim: int) -> Linear:

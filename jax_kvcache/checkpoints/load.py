@@ -17,7 +17,6 @@ from jax_kvcache.checkpoints.linears import (
     FloatFormat,
     Format,
     KvParameters,
-    as_array,
     float_weight,
     fuse,
     permute,
@@ -168,8 +167,8 @@ def _read_layer(
     layer = Layer(
         norm1=jnp.asarray(source.vector(f"{name}.input_layernorm", width)),
         qkv=fuse(attention, parts["q"], parts["k"], parts["v"]),
-        q_norm=as_array(norms.get("q")),
-        k_norm=as_array(norms.get("k")),
+        q_norm=jnp.asarray(norms["q"]) if config.head_norms else None,
+        k_norm=jnp.asarray(norms["k"]) if config.head_norms else None,
         o=source.linear(f"{attention}.o_proj", width, q_width, config.o_bias),
         norm2=jnp.asarray(source.vector(f"{name}.post_attention_layernorm", width)),
         gate=source.linear(f"{mlp}.gate_proj", sizes.d_ff, width, config.mlp_bias),

@@ -26,18 +26,8 @@ class FloatCache:
     v: jax.Array
 
     @classmethod
-    def create(
-        cls,
-        batch: int,
-        length: int,
-        num_kv_heads: int,
-        head_dim: int,
-        *,
-        layers: int,
-        dtype: DTypeLike = jnp.float32,
-    ) -> Self:
-        """An empty cache (all zeros)."""
-        shape = (layers, batch, length, num_kv_heads, head_dim)
+    def create(cls, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Self:
+        """An empty cache (all zeros) of the shape [L, B, C2, Nkv, D]."""
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
     @property

@@ -7,15 +7,16 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from jax_kvcache import backends
 from jax_kvcache.caches import KVCache
 from jax_kvcache.model.float_cache import FloatCache, attention, rotate
-from jax_kvcache.model.linear import Projected, matmul
+from jax_kvcache.model.linear import FloatLinear, Projected, matmul
 from jax_kvcache.model.weights import Config, Layer, Model
 from jax_kvcache.ops.decode_attention.api import decode_attention
 from jax_kvcache.ops.implementation import Implementation
 from jax_kvcache.rope import rope_tables
 
-Cache = TypeVar("Cache", KVCache, FloatCache)
+Cache = TypeVar("Cache", bound=KVCache | FloatCache)
 KvMap = Callable[[int, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 
@@ -25,7 +26,7 @@ def forward(
     cache: Cache,
     positions: jax.Array,
     *,
-    table_dtype: DTypeLike = jnp.float32,
+    table_dtype: DTypeLike | None = None,
     implementation: Implementation = None,
 ) -> tuple[jax.Array, Cache]:
     """Reads S more tokens of each text; every layer's k and v go through the operator to the cache.
@@ -36,16 +37,15 @@ def forward(
       cache: see `new_cache`; it holds the tokens before. Donate it to stay in place. Its rows are
         also the longest text that RoPE of the types dynamic and longrope is made for.
       positions: [B] int32, the position of the first of the S tokens.
-      table_dtype: dtype of the RoPE tables, and so of q and of a float x. The Ascend operator takes
-        bfloat16 and float16.
+      table_dtype: dtype of the RoPE tables, and so of q and of a float x; None is float32, and
+        bfloat16 where JAX's default device is an Ascend NPU, whose operator takes no float32.
       implementation: the operator's.
 
     Returns:
       logits [B, S, vocab] float32 of the token after each, and the cache.
     """
-    config = model.config
-    rows = (cache.k if isinstance(cache, FloatCache) else cache.k_cache).shape[2]
-    cos, sin = _tables(config, positions, tokens.shape[1], rows, table_dtype)
+    config, table_dtype = model.config, table_dtype or default_table_dtype()
+    cos, sin = _tables(config, positions, tokens.shape[1], cache_rows(cache), table_dtype)
     x = _embed(model, tokens)
     for index, layer in enumerate(model.layers):
         projected = _project_qkv(config, layer, x, table_dtype)
@@ -71,6 +71,11 @@ def forward(
             attended = _attend(q, cache, positions, index, window)
         x = _finish_layer(config, layer, x, attended)
     return _logits(model, x), cache
+
+
+def cache_rows(cache: KVCache | FloatCache) -> int:
+    """How many rows each text has in a cache with layers."""
+    return (cache.k if isinstance(cache, FloatCache) else cache.k_cache).shape[2]
 
 
 def _attend(
@@ -104,7 +109,7 @@ def forward_float(
     model: Model,
     tokens: jax.Array,
     *,
-    table_dtype: DTypeLike = jnp.float32,
+    table_dtype: DTypeLike | None = None,
     kv_map: KvMap | None = None,
 ) -> FloatForward:
     """Reads whole texts without a cache: the same model, its k and v never quantised.
@@ -112,14 +117,14 @@ def forward_float(
     Args:
       model: see `jax_kvcache.checkpoints.load`.
       tokens: [B, S] int32, from position 0.
-      table_dtype: dtype of the RoPE tables, and so of q, k and v.
+      table_dtype: as in `forward`; also the dtype of k and v.
       kv_map: (layer, k, v) -> (k, v), what a cache of another format would give back; k and v are
         [B, S, Nkv, D].
 
     Returns:
       The logits, and what attention read.
     """
-    config = model.config
+    config, table_dtype = model.config, table_dtype or default_table_dtype()
     batch, length = tokens.shape
     positions = jnp.zeros((batch,), jnp.int32)
     cos, sin = _tables(config, positions, length, length, table_dtype)
@@ -133,6 +138,13 @@ def forward_float(
         x = _finish_layer(config, layer, x, attended)
         read.append((q, k, v))
     return FloatForward(_logits(model, x), *map(jnp.stack, zip(*read, strict=True)))
+
+
+def default_table_dtype() -> DTypeLike:
+    """float32, or bfloat16 where JAX's default device is an Ascend NPU."""
+    backend = backends.find(jax.default_backend())
+    on_ascend = backend is not None and backend.name == "ascend"
+    return jnp.bfloat16 if on_ascend else jnp.float32
 
 
 def _tables(config: Config, positions, steps: int, rows: int, dtype: DTypeLike):
@@ -151,19 +163,22 @@ def _rms_norm(x: jax.Array, gain: jax.Array, eps: float) -> jax.Array:
     return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps) * gain
 
 
-def _project_qkv(config: Config, layer: Layer, x: jax.Array, table_dtype: DTypeLike) -> Projected:
-    """q, k and v of x [B, S, d_model] as the operator takes them: [B, S, H].
+def passes_floats(layer: Layer) -> bool:
+    """Whether a layer hands the operator a float x.
 
     Norms of the heads come before RoPE, where the operator has no place for them, and layers of
-    different kinds have no common scales: then x is float.
+    different kinds have no common scales.
     """
+    fused = len(layer.qkv) == 1 and layer.q_norm is None
+    return not fused or isinstance(layer.qkv[0], FloatLinear)
+
+
+def _project_qkv(config: Config, layer: Layer, x: jax.Array, table_dtype: DTypeLike) -> Projected:
+    """q, k and v of x [B, S, d_model] as the operator takes them: [B, S, H]."""
     h = _rms_norm(x, layer.norm1, config.norm_eps)
     parts = [linear.project(h) for linear in layer.qkv]
-    if len(parts) == 1 and layer.q_norm is None:
-        (projected,) = parts
-        if projected.weight_scale is None:
-            return Projected(projected.x.astype(table_dtype))
-        return projected
+    if not passes_floats(layer):
+        return parts[0]
     y = jnp.concatenate([part.dequantize() for part in parts], axis=-1)
     heads = y.reshape(*y.shape[:-1], -1, config.head_dim)
     q, k, v = jnp.split(heads, [config.n_q_heads, config.n_q_heads + config.n_kv_heads], axis=-2)

@@ -109,7 +109,7 @@ def new_cache(model: Model, batch: int, length: int | None = None) -> KVCache | 
     """
     config = model.config
     rows = config.context if length is None else length
-    heads = (config.n_kv_heads, config.head_dim)
+    layers, heads, head_dim = config.n_layers, config.n_kv_heads, config.head_dim
     if model.cache_params is None:
-        return FloatCache.create(batch, rows, *heads, layers=config.n_layers)
-    return KVCache.create(batch, rows, *heads, layers=config.n_layers, **model.cache_params)
+        return FloatCache.create((layers, batch, rows, heads, head_dim))
+    return KVCache.create(batch, rows, heads, head_dim, layers=layers, **model.cache_params)
