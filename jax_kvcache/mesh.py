@@ -89,8 +89,7 @@ class Sharding:
       operand_specs: (layout, operands) -> the PartitionSpec of every operand of one shard.
       result_specs: (layout, shapes) -> the PartitionSpec of every result.
       rule: (operands, results) -> Shardy's rule, of things with a shape.
-      shard: (operands, call, layout, mesh) -> the results of one shard, where `call` is the call
-        of one device on operands, with some options changed.
+      shard: (operands, call, layout, mesh) -> the results of one shard, by `call.run`.
       plain_is_fine: whether the reference's operations do, left to XLA's own partitioner, where
         there is no custom partitioning; otherwise that is an error.
     """
@@ -99,7 +98,7 @@ class Sharding:
     operand_specs: Callable[[Any, Any], tuple[PartitionSpec, ...]]
     result_specs: Callable[[Any, Sequence[Any]], tuple[PartitionSpec, ...]]
     rule: Callable[[Any, Sequence[Any]], str]
-    shard: Callable[[Any, Callable, Any, Any], Sequence[jax.Array]]
+    shard: Callable[[Any, "Call", Any, Any], Sequence[jax.Array]]
     plain_is_fine: bool = False
 
 
@@ -134,7 +133,7 @@ def _explicit(call: Call, sharding: Sharding, mesh, axes, avals_out, *operands):
     ]
 
     def body(*operands):
-        return tuple(sharding.shard(call.operands(*operands), call.run, layout, mesh))
+        return tuple(sharding.shard(call.operands(*operands), call, layout, mesh))
 
     return jax.shard_map(
         body,
@@ -170,7 +169,7 @@ def _automatic(call: Call, sharding: Sharding, avals_out, *operands):
                 )
 
         def body(*operands):
-            return tuple(sharding.shard(call.operands(*operands), call.run, layout, mesh))
+            return tuple(sharding.shard(call.operands(*operands), call, layout, mesh))
 
         result_specs = sharding.result_specs(layout, [r.shape for r in results])
         return (

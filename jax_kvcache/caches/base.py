@@ -12,6 +12,7 @@ from jax_kvcache.ops.dequant_rope_quant_kvcache.api import run
 from jax_kvcache.ops.dequant_rope_quant_kvcache.checks import Call
 from jax_kvcache.ops.implementation import Implementation
 from jax_kvcache.ops.indexing import take_one
+from jax_kvcache.ops.slots import axes_named
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -73,6 +74,7 @@ class CacheBase:
         bias: jax.Array | None = None,
         block_table: ArrayLike | None = None,
         layer: ArrayLike | None = None,
+        axis_name: str | tuple[str, ...] | None = None,
         implementation: Implementation = None,
     ) -> tuple[jax.Array, Self]:
         """Writes S tokens of each sequence; see `dequant_rope_quant_kvcache` for the arithmetic.
@@ -91,6 +93,9 @@ class CacheBase:
             whose block is not allocated, or does not exist, is skipped. None for a `KVCache`.
           layer: the layer to write, an int or an integer scalar; for a cache with layers only. A
             traced one that does not exist writes nothing (q is computed all the same).
+          axis_name: inside `jax.shard_map`, the mesh axis, or axes, over which the blocks of a
+            `PagedKVCache` or the rows of a `KVCache` are sharded. Positions and block numbers are
+            those of the whole cache; each device writes the tokens whose rows it has.
           implementation: None, "ffi" or "xla".
 
         Returns:
@@ -128,6 +133,7 @@ class CacheBase:
                 cache_mode=cache_mode,
                 implementation=implementation,
                 layer=at,
+                axes=axes_named(axis_name),
             )
         )
         return out.q, dataclasses.replace(self, k_cache=out.k_cache, v_cache=out.v_cache)

@@ -80,16 +80,22 @@ def contiguous_rows(indices: jax.Array, S: int, C2: Any) -> jax.Array:
     return jnp.where(valid, start + step, jnp.full_like(step, -1))
 
 
-def batch_slots(indices: jax.Array, S: int, C2: Any) -> jax.Array:
-    """[B, S] slots of contiguous mode, each batch's over its own C2 rows."""
+def batch_slots(indices: jax.Array, S: int, C2: Any, axes: Axes = ()) -> jax.Array:
+    """[B, S] slots of contiguous mode, each batch's over its own C2 rows.
+
+    With `axes`, inside a shard's body, C2 is this device's share of the rows.
+    """
+    if axes:
+        rows = contiguous_rows(indices.reshape(-1), S, C2 * lax.axis_size(axes))
+        return jnp.where(rows >= 0, shard_positions(rows, C2, axes), jnp.full_like(rows, -1))
     if S == 1:  # nothing to add, and a slot outside the rows is skipped in any case
         return indices.reshape(-1, 1)
     return contiguous_rows(indices.reshape(-1), S, C2)
 
 
-def flat_batch_slots(indices: jax.Array, B: Any, S: int, C2: Any) -> jax.Array:
+def flat_batch_slots(indices: jax.Array, B: Any, S: int, C2: Any, axes: Axes = ()) -> jax.Array:
     """[B * S] slots of contiguous mode over the rows of all batches."""
-    rows = contiguous_rows(indices.reshape(-1), S, C2)
+    rows = batch_slots(indices, S, C2, axes)
     return rebase(rows, _count(B)[:, None], C2).reshape(-1)
 
 

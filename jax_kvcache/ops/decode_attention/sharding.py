@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from jax_kvcache.mesh import Sharding, axes_of, num_shards, real_axes
+from jax_kvcache.mesh import Call, Sharding, axes_of, num_shards, real_axes
 from jax_kvcache.ops.decode_attention.merge import merge_over_axes
 from jax_kvcache.ops.decode_attention.reference import Operands, Results
-from jax_kvcache.ops.operands import Axes, is_absent, partition_spec, table
+from jax_kvcache.ops.operands import Axes, absent, is_absent, match, partition_spec, table
 from jax_kvcache.ops.slots import shard_positions, shard_slots
 
 
@@ -106,17 +106,23 @@ def result_specs(layout: Layout, shapes: Any) -> tuple[PartitionSpec, ...]:
 
 
 def rule(ops: Any, results: Any) -> str:
-    """Shardy's rule: sequences and steps propagate between q, positions and the results."""
-    queries = [f"g{i}" for i in range(len(ops.table.shape) - 2)] + ["b", "s"]
+    """Shardy's rule: groups, sequences, steps and query heads propagate between q and the results.
+
+    The caches propagate into each other alone: what comes after must not decide where they lie.
+    """
+    group_rank = len(ops.table.shape) - 2
     rest = (f"u{i}" for i in itertools.count())
+    shared = {"*g": [f"g{i}" for i in range(group_rank)], "B": ["b"], "S": ["s"], "Nq": ["h"]}
     cache = [next(rest) for _ in ops.k_cache.shape]
 
-    def factors(row, array):
+    def factors(row: Any, array: Any) -> list[str]:
+        if is_absent(array):
+            return [next(rest)]
         if getattr(row, "cache", False):
             return cache
-        words = row.dims.split()
-        shared = queries if words[:3] == ["*g", "B", "S"] and not is_absent(array) else []
-        return [*shared, *(next(rest) for _ in array.shape[len(shared) :])]
+        parts = match(row.dims, array.shape, group_rank)
+        own = ((shared.get(word), sizes) for word, sizes in parts)
+        return [f for names, sizes in own for f in (names or [next(rest) for _ in sizes])]
 
     sides = (
         [factors(row, a) for row, a in zip(table(rows).values(), arrays, strict=True)]
@@ -136,7 +142,7 @@ def _own_positions(ops: Operands, axes: Axes) -> Any:
     return jnp.where(positions >= 0, positions // whole * R + in_block, -1)
 
 
-def _shard(ops: Operands, call: Any, layout: Layout, mesh: Any) -> Any:
+def _shard(ops: Operands, call: Call, layout: Layout, mesh: Any) -> Any:
     """One device's part: its own heads of its own sequences, over the rows that it has."""
     real = functools.partial(real_axes, mesh)
     blocks, rows, merged = tuple(map(real, layout.blocks)), real(layout.rows), real(layout.merged)
@@ -148,14 +154,14 @@ def _shard(ops: Operands, call: Any, layout: Layout, mesh: Any) -> Any:
         shards = [num_shards(mesh, axes) for axes in blocks]
         ops = ops._replace(table=shard_slots(ops.table, n_dims, blocks, shards))
     if not merged:
-        return call(ops, **changes)
+        return call.run(ops, **changes)
     if rows:
         ops = ops._replace(positions=_own_positions(ops, rows))
     part = ops._replace(q=ops.q.astype(jnp.float32), sinks=jnp.zeros((0,), jnp.float32))
-    out, lse = call(part, return_lse=True, **changes)
+    out, lse = call.run(part, return_lse=True, **changes)
     sinks = None if is_absent(ops.sinks) else ops.sinks[..., None, None, :]
     out, lse = merge_over_axes(out, lse, merged, sinks)
-    return out.astype(ops.q.dtype), lse
+    return out.astype(ops.q.dtype), lse if call.options.return_lse else absent()
 
 
 SHARDING = Sharding(layout_of, operand_specs, result_specs, rule, _shard, plain_is_fine=True)

@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.export
 import jax.numpy as jnp
+from jax import lax
 
 from jax_kvcache.ops.dequant_rope_quant_kvcache.checks import (
     Call,
@@ -17,7 +18,7 @@ from jax_kvcache.ops.dequant_rope_quant_kvcache.primitive import bind
 from jax_kvcache.ops.dequant_rope_quant_kvcache.reference import Operands, WriteOptions
 from jax_kvcache.ops.implementation import Implementation
 from jax_kvcache.ops.operands import absent
-from jax_kvcache.ops.slots import batch_slots, flat_batch_slots, rebase
+from jax_kvcache.ops.slots import batch_slots, flat_batch_slots, rebase, shard_slots
 
 
 class DequantRopeQuantKvcacheResult(NamedTuple):
@@ -41,11 +42,14 @@ def _slots(call: Call, sizes: Sizes) -> jax.Array:
     indices = jnp.asarray(call.indices)
     S = 1 if sizes.S is None else sizes.S
     if has_rows_per_batch(call):
-        return batch_slots(indices, S, sizes.C2)
-    if call.cache_mode == "page":
-        slots = indices.reshape(-1)
+        return batch_slots(indices, S, sizes.C2, call.axes)
+    if call.cache_mode == "contiguous":
+        slots = flat_batch_slots(indices, sizes.B, S, sizes.C2, call.axes)
     else:
-        slots = flat_batch_slots(indices, sizes.B, S, sizes.C2)
+        slots = indices.reshape(-1)
+        if call.axes:
+            shards = (lax.axis_size(call.axes),)
+            slots = shard_slots(slots, (sizes.C1 * sizes.C2,), (call.axes,), shards)
     if call.layer is None:
         return slots
     layer = jnp.where(call.layer.exists, call.layer.number, jnp.int32(-1))

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jax_kvcache.ops.checks import (
     FLOAT32,
@@ -31,7 +32,9 @@ class Layer(NamedTuple):
 class Call(NamedTuple):
     """The public function's arguments; see `dequant_rope_quant_kvcache`.
 
-    With `layer` the caches are [L, C1, C2, Nkv, D], and the call is one on that layer.
+    With `layer` the caches are [L, C1, C2, Nkv, D], and the call is one on that layer. With `axes`,
+    inside `jax.shard_map`, the caches are this device's shards over these mesh axes: of the blocks
+    in page mode, of the rows otherwise; the indices are those of the whole caches.
     """
 
     x: Any
@@ -55,6 +58,7 @@ class Call(NamedTuple):
     indices_mode: Any = "drop"
     implementation: Any = None
     layer: Layer | None = None
+    axes: tuple[str, ...] = ()
 
 
 class Sizes(NamedTuple):
@@ -185,6 +189,9 @@ def check_call(call: Call) -> Sizes:
 
     if cache_mode == "contiguous" and isinstance(C1, int) and isinstance(B, int) and C1 < B:
         raise ValueError(f"`k_cache` must have C1 >= B = {B} in contiguous mode, got C1 = {C1}.")
+    if call.axes:
+        shards = lax.axis_size(call.axes)
+        check_row_count("k_cache", "shards*C1*C2", (shards, C1, C2))
     if call.layer is not None:
         check_row_count("k_cache", "L*C1*C2", k_cache.shape[:3])
     elif has_rows_per_batch(call):
