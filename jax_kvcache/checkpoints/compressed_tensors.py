@@ -94,9 +94,13 @@ class CompressedTensorsFormat(Format):
             return DynamicInt8Linear(jnp.asarray(codes), jnp.asarray(scale), added)
         key = f"{name}.input_scale"
         inputs = finite(key, float32(self.files, key, (1,)), positive=True)[0]
-        no_offset = jnp.float32(0)
-        arrays = (jnp.asarray(a) for a in (codes, inputs, no_offset, scale * inputs))
-        return StaticInt8Linear(*arrays, added)
+        return StaticInt8Linear(
+            weight=jnp.asarray(codes),
+            input_scale=jnp.asarray(inputs),
+            input_offset=jnp.float32(0),
+            weight_scale=jnp.asarray(scale * inputs),
+            bias=added,
+        )
 
     def kv_parameters(self, attention: str, heads: int, head_dim: int) -> KvParameters | None:
         """See `Format`."""
