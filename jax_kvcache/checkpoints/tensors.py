@@ -73,7 +73,11 @@ class TensorFiles:
             raise CheckpointError(f"'{index}' must have an object \"weight_map\".")
         for name, file in weight_map.items():
             # A name with a separator could read any file of this machine.
-            if not isinstance(file, str) or Path(file).name != file or "\\" in file or not file:
+            if (
+                not isinstance(file, str)
+                or not file.endswith(".safetensors")
+                or {"/", "\\"} & set(file)
+            ):
                 raise CheckpointError(
                     f"`{name}` must be in a file of the folder itself, got {file!r} in '{index}'."
                 )
@@ -170,8 +174,15 @@ class TensorFiles:
         """Raises CheckpointError for tensors that nothing has taken."""
         if self.unused:
             described = [f"`{n}` ({self.tensors[n].dtype})" for n in sorted(self.unused)]
+            hint = ""
+            if any(name.endswith(("k_scale", "v_scale")) for name in self.unused):
+                hint = (
+                    " Scales of a cache need a description that says that they are of int8; those "
+                    "of fp8 cannot be used: drop them and make scales with `python -m jax_kvcache "
+                    "calibrate`."
+                )
             raise CheckpointError(
-                f"the model has no place for {len(self.unused)} tensors: {_some(described)}."
+                f"the model has no place for {len(self.unused)} tensors: {_some(described)}.{hint}"
             )
 
 
