@@ -18,6 +18,8 @@ from jax_kvcache.ops.dequant_rope_quant_kvcache.api import (
 )
 from jax_kvcache.ops.dequant_rope_quant_kvcache.explain import explain as explain
 from jax_kvcache.ops.implementation import Explanation as Explanation
+from jax_kvcache.rope import RopePermutation as RopePermutation
+from jax_kvcache.rope import permute_for_rope as permute_for_rope
 from jax_kvcache.rope import rope_tables as rope_tables
 from jax_kvcache.tensor_parallel import (
     deinterleave_qkv_for_tensor_parallel as deinterleave_qkv_for_tensor_parallel,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from support import hlo, layouts
+from support import hlo
 from support.layouts import TABLE
 
 from jax_kvcache import (
