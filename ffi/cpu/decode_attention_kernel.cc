@@ -2,7 +2,7 @@
 // which a part and the merge of its chunks run.
 #include "cpu/decode_attention_kernel.h"
 
-#include "cpu/decode_attention_variant.h"
+#include "cpu/decode_attention_kernel_variant.h"
 
 namespace jax_kvcache::decode_attention {
 
@@ -29,10 +29,10 @@ Buffers ToBuffers(const Call& call, const Shape& shape) {
 const Kernel& SelectKernel([[maybe_unused]] Simd simd) {
 #if defined(__x86_64__)
   // Every processor with AVX2 that we know of has FMA, but they are two features.
-  if (simd >= Simd::kAvx512) return KernelAvx512();
-  if (simd == Simd::kAvx2 && __builtin_cpu_supports("fma")) return KernelAvx2();
+  if (simd >= Simd::kAvx512) return SelectAvx512();
+  if (simd == Simd::kAvx2 && __builtin_cpu_supports("fma")) return SelectAvx2();
 #endif
-  return KernelBaseline();
+  return SelectBaseline();
 }
 
 }  // namespace jax_kvcache::decode_attention

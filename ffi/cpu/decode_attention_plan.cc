@@ -14,7 +14,7 @@ namespace {
 constexpr int64_t kQueriesPerPart = 128;
 
 // Several heads of a part read neighbouring channels of a row: up to this many bytes in a piece.
-constexpr int64_t kBytesPerPiece = 1024;
+constexpr int64_t kBytesPerPiece = 4096;
 
 // A call that is large enough has about so many chunks and heads that can be told apart, which
 // keeps dozens of cores busy.

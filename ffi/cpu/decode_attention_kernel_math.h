@@ -3,8 +3,8 @@
 //
 // Compiled once per instruction set, as cpu/simd.h is, and with fused multiply-adds where there are
 // some: the results of this operator are not fixed to the bit.
-#ifndef JAX_KVCACHE_FFI_CPU_DECODE_ATTENTION_MATH_H_
-#define JAX_KVCACHE_FFI_CPU_DECODE_ATTENTION_MATH_H_
+#ifndef JAX_KVCACHE_FFI_CPU_DECODE_ATTENTION_KERNEL_MATH_H_
+#define JAX_KVCACHE_FFI_CPU_DECODE_ATTENTION_KERNEL_MATH_H_
 
 #include <cfloat>
 #include <cstdint>
@@ -146,4 +146,4 @@ JAX_KVCACHE_INLINE Vector TanhOfHalf(Vector x) {
 }  // namespace
 }  // namespace jax_kvcache::decode_attention
 
-#endif  // JAX_KVCACHE_FFI_CPU_DECODE_ATTENTION_MATH_H_
+#endif  // JAX_KVCACHE_FFI_CPU_DECODE_ATTENTION_KERNEL_MATH_H_

@@ -1,35 +1,35 @@
-// Owns the softmax of one block of rows: scores become weights, and what was summed before learns
-// by which factor it shrinks.
-#ifndef JAX_KVCACHE_FFI_CPU_DECODE_ATTENTION_SOFTMAX_H_
-#define JAX_KVCACHE_FFI_CPU_DECODE_ATTENTION_SOFTMAX_H_
+// Owns the softmax of one block of rows, and what is kept of it from block to block.
+#ifndef JAX_KVCACHE_FFI_CPU_DECODE_ATTENTION_KERNEL_SOFTMAX_H_
+#define JAX_KVCACHE_FFI_CPU_DECODE_ATTENTION_KERNEL_SOFTMAX_H_
 
 #include <cstdint>
 
-#include "cpu/decode_attention_math.h"
+#include "cpu/decode_attention_kernel_math.h"
 
 namespace jax_kvcache::decode_attention {
 namespace {
 
-// A tile has W query rows, and scores [rows, W] that are read as vectors: W is 1, 2, 4, kLanes or
-// 2 * kLanes, so that lane i of vector n holds query (n * kLanes + i) % W. All per-query numbers
-// below are vectors in that order, one or two.
+// A tile has W query rows, and scores [rows, W] that are read as vectors. W is 1, 2, 4, 8, kLanes or
+// 2 * kLanes, so that lane i of vector n holds query (n * kLanes + i) % W. All that follows is kept
+// per lane, in one vector or two.
 constexpr int kMaxTileWidth = 2 * kLanes;
 
-// What is known of a tile's query rows before a block. Scores are in units of log2: a weight is
-// 2^(score - peak).
+// What is known of a tile's query rows. Scores are in units of log2: a weight is 2^(score - peak).
 struct TileState {
-  float peak[kMaxTileWidth];   // the greatest score; -infinity: no row was seen
+  float peak[kMaxTileWidth];   // the greatest score so far; -infinity: no row was seen
   float total[kMaxTileWidth];  // the sum of weights over the rows that this lane held
+  // What the scores lack because codes lose their centre instead of the offset: the same for all
+  // rows, so that it is added only where softmax does not remove it.
+  float constant[kMaxTileWidth];
 };
 
 // How a block's scores are changed before the softmax.
 struct ScoreRule {
-  // Lane i's query sees rows [first, end) of the block, and no others; null: all rows.
-  const int32_t* first = nullptr;  // [kMaxTileWidth]
-  const int32_t* end = nullptr;
-  // With a soft cap: the score is cap * tanh((score + constant) * ln(2) / 2).
+  // A lane's query sees rows [begin, end) of the block, and no others; null: all rows.
+  const int32_t* seen_begin = nullptr;  // [kMaxTileWidth]
+  const int32_t* seen_end = nullptr;
+  // With a soft cap, in units of log2: the score is cap * tanh((score + constant) * ln(2) / 2).
   float cap = 0.0f;
-  const float* constants = nullptr;  // [kMaxTileWidth]
 };
 
 // The greatest of the lanes that hold the same query, in each of them.
@@ -44,15 +44,16 @@ JAX_KVCACHE_INLINE Vector GreatestOfQuery(Vector v, int64_t width) {
   return LoadVector(lanes);
 }
 
-// scores [rows, width], in vectors: becomes weights. factors [kMaxTileWidth]: by what the sums of
-// the blocks before are multiplied. kColumns = width / kLanes, or 1.
+// scores [rows, width] become weights; rows behind the last have the score -infinity. factors
+// [kMaxTileWidth]: what the sums over the blocks before are to be multiplied with. kColumns: the
+// vectors that one row fills, at least 1.
 template <int kColumns>
 void Softmax(float* scores, int64_t rows, int64_t width, const ScoreRule& rule, TileState* state,
              float* factors) {
   const int64_t vectors = rows * width / kLanes;
   Vector peaks[kColumns];
   for (int c = 0; c < kColumns; ++c) peaks[c] = Vector{} - kInfinity;
-  if (rule.first == nullptr && rule.cap == 0.0f) {
+  if (rule.seen_begin == nullptr && rule.cap == 0.0f) {
     for (int64_t n = 0; n < vectors; n += kColumns) {
       for (int c = 0; c < kColumns; ++c) {
         peaks[c] = Greater(LoadVector(scores + (n + c) * kLanes), peaks[c]);
@@ -67,14 +68,14 @@ void Softmax(float* scores, int64_t rows, int64_t width, const ScoreRule& rule, 
         float* const at = scores + (n + c) * kLanes;
         Vector score = LoadVector(at);
         if (rule.cap != 0.0f) {
-          const Vector tanh = TanhOfHalf(score + LoadVector(rule.constants + c * kLanes));
+          const Vector tanh = TanhOfHalf(score + LoadVector(state->constant + c * kLanes));
           // What lies behind the last row is -infinity and stays so.
           score = score == Vector{} - kInfinity ? score : tanh * rule.cap;
         }
-        if (rule.first != nullptr) {
-          const auto first = LoadBits<Ints<kLanes>>(rule.first + c * kLanes);
-          const auto end = LoadBits<Ints<kLanes>>(rule.end + c * kLanes);
-          score = (lane_row >= first) & (lane_row < end) ? score : Vector{} - kInfinity;
+        if (rule.seen_begin != nullptr) {
+          const auto begin = LoadBits<Ints<kLanes>>(rule.seen_begin + c * kLanes);
+          const auto end = LoadBits<Ints<kLanes>>(rule.seen_end + c * kLanes);
+          score = (lane_row >= begin) & (lane_row < end) ? score : Vector{} - kInfinity;
         }
         StoreVector(score, at);
         peaks[c] = Greater(score, peaks[c]);
@@ -108,4 +109,4 @@ void Softmax(float* scores, int64_t rows, int64_t width, const ScoreRule& rule, 
 }  // namespace
 }  // namespace jax_kvcache::decode_attention
 
-#endif  // JAX_KVCACHE_FFI_CPU_DECODE_ATTENTION_SOFTMAX_H_
+#endif  // JAX_KVCACHE_FFI_CPU_DECODE_ATTENTION_KERNEL_SOFTMAX_H_
