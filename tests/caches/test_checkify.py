@@ -1,4 +1,4 @@
-"""jax.experimental.checkify reports lost tokens and saturated codes; without it nothing is there."""
+"""checkify reports lost tokens and saturated codes; without it nothing of that is there."""
 
 import jax
 import jax.numpy as jnp
