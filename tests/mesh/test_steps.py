@@ -220,7 +220,7 @@ def test_what_moves(shape):
 
 
 def test_what_comes_after_does_not_decide_where_a_cache_lies():
-    """A replicated cache stays so, though the result is wanted with its sequences and heads split."""
+    """A replicated cache stays so, though the result is wanted with its heads split."""
     mesh = jax.make_mesh((2, 2), ("dp", "tp"), (AxisType.Auto,) * 2)
     cache, tokens = arguments("heads")
     placed = place(cache, jax.tree.map(lambda _: P(), cache), mesh)
