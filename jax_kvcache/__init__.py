@@ -1,8 +1,12 @@
 """Fused dequantise, RoPE, int8-quantise and KV-cache write for LLM inference in JAX."""
 
+from jax_kvcache.caches import BlockAllocator as BlockAllocator
+from jax_kvcache.caches import BlockCopy as BlockCopy
 from jax_kvcache.caches import KVCache as KVCache
+from jax_kvcache.caches import OutOfBlocksError as OutOfBlocksError
 from jax_kvcache.caches import PagedKVCache as PagedKVCache
 from jax_kvcache.caches import slots_from_block_table as slots_from_block_table
+from jax_kvcache.export import disabled_export_checks as disabled_export_checks
 from jax_kvcache.ops.decode_attention.api import decode_attention as decode_attention
 from jax_kvcache.ops.decode_attention.explain import explain_attention as explain_attention
 from jax_kvcache.ops.decode_attention.merge import merge_attention as merge_attention

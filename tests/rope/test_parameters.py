@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_kvcache.rope import rope_tables
+from jax_kvcache import rope_tables
 from jax_kvcache.rope_parameters import read_rope_parameters
 
 # NAME.config (JSON), NAME.inv_freq [r/2] float32 and NAME.attention_factor, from transformers 5.23.
