@@ -6,6 +6,7 @@ Written against JAX 0.9.1 (which the public Ascend plugin is made for), 0.10.2 a
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 from jax import core
 from jax._src import dispatch, xla_bridge
 from jax._src.interpreters import mlir
@@ -27,6 +28,14 @@ def shaped_array(shape: Sequence[Any], dtype: Any, sharding: Any, varying_as: An
     """A type with a sharding, which varies over the manual mesh axes as another type does."""
     manual = {_MANUAL_AXES: getattr(varying_as, _MANUAL_AXES)}
     return core.ShapedArray(shape, dtype, sharding=sharding, **manual)
+
+
+def nests_manual_axes() -> bool:
+    """Whether a shard_map over some mesh axes may be inside one over others, axis indices and all.
+
+    Before JAX 0.10 the program that it makes is refused.
+    """
+    return jax.__version_info__ >= (0, 10)
 
 
 def enable_donation(platforms) -> None:
