@@ -210,8 +210,8 @@ def no_partitioning(name: str, mesh: Any, num_devices: int, platforms: Any, expo
         )
     if explicit and manual and not nests_manual_axes():
         return (
-            f"{name} cannot have explicit mesh axes {explicit} beside manual ones {manual} with JAX "
-            f"{jax.__version__}. Make them all manual (`axis_names` of jax.shard_map), or use "
+            f"{name} cannot have explicit mesh axes {explicit} beside manual ones {manual} with "
+            f"JAX {jax.__version__}. Make them all manual (`axis_names` of jax.shard_map), or use "
             "JAX 0.10 or newer."
         )
     if explicit or num_devices == 1:
