@@ -31,6 +31,14 @@ def shaped_array(shape: Sequence[Any], dtype: Any, sharding: Any, varying_as: An
     return core.ShapedArray(shape, dtype, sharding=sharding, **manual)
 
 
+def nests_manual_axes() -> bool:
+    """Whether a shard_map over some mesh axes may be inside one over others, axis indices and all.
+
+    Before JAX 0.10 the program that it makes is refused.
+    """
+    return jax.__version_info__ >= (0, 10)
+
+
 def enable_donation(platforms) -> None:
     """Lets `platforms` donate buffers.
 

@@ -13,7 +13,12 @@ from jax.experimental.xla_metadata import set_xla_metadata
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jax_kvcache import backends
-from jax_kvcache._compat import is_export, keep_sharding_of, num_automatic_devices
+from jax_kvcache._compat import (
+    is_export,
+    keep_sharding_of,
+    nests_manual_axes,
+    num_automatic_devices,
+)
 from jax_kvcache.ops.indexing import take_one
 from jax_kvcache.ops.operands import Axes, table
 from jax_kvcache.version import __version__
@@ -214,6 +219,12 @@ def no_partitioning(name: str, mesh: Any, num_devices: int, platforms: Any, expo
             f"{name} cannot mix automatic mesh axes {automatic} with manual or "
             f"explicit ones {manual + explicit}. Make them all manual (`axis_names` of "
             "jax.shard_map) or explicit."
+        )
+    if explicit and manual and not nests_manual_axes():
+        return (
+            f"{name} cannot have explicit mesh axes {explicit} beside manual ones {manual} with "
+            f"JAX {jax.__version__}. Make them all manual (`axis_names` of jax.shard_map), or use "
+            "JAX 0.10 or newer."
         )
     if explicit or num_devices == 1:
         return None
