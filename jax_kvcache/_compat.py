@@ -1,16 +1,33 @@
 """The few things from JAX's private modules, each with its reason; guarded by tests/test_compat.py.
 
-Written against JAX 0.10.2 and 0.12.
+Written against JAX 0.9.1 (which the public Ascend plugin is made for), 0.10.2 and 0.12.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+from jax import core
 from jax._src import checkify, dispatch, xla_bridge
 from jax._src.interpreters import mlir
 from jax.extend.core import Primitive
 from jaxlib import xla_client
+
+# What a type says of manual mesh axes: since JAX 0.10 an object that has the varying axes among
+# others, before that the varying axes themselves.
+_MANUAL_AXES = "manual_axis_type" if hasattr(core.ShapedArray, "manual_axis_type") else "vma"
+
+
+def varying_axes(aval: Any) -> frozenset[str]:
+    """The manual mesh axes over which an array of this type varies."""
+    manual = getattr(aval, _MANUAL_AXES)
+    return getattr(manual, "varying", manual)
+
+
+def shaped_array(shape: Sequence[Any], dtype: Any, sharding: Any, varying_as: Any) -> Any:
+    """A type with a sharding, which varies over the manual mesh axes as another type does."""
+    manual = {_MANUAL_AXES: getattr(varying_as, _MANUAL_AXES)}
+    return core.ShapedArray(shape, dtype, sharding=sharding, **manual)
 
 
 def enable_donation(platforms) -> None:
@@ -46,6 +63,11 @@ def on_plugins_discovered(callback) -> None:
 def has_custom_call_handler(platform: str) -> bool:
     """Whether a plugin takes FFI targets for `platform` through `jax.ffi`; else they only queue."""
     return platform in xla_client._custom_callback_handler
+
+
+def queued_ffi_targets(platform: str) -> set[str]:
+    """The names of the FFI targets that JAX still keeps for a plugin of `platform`."""
+    return {name for name, *_ in xla_client._custom_callback.get(platform, ())}
 
 
 def register_custom_call_handler(platform: str, handler) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal, Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
@@ -12,7 +13,14 @@ from jax_kvcache.caches.checks import check_caches, check_positions, empty_field
 from jax_kvcache.caches.saturation import Saturation, shares_at_ends
 from jax_kvcache.export import register_dataclass_serialization
 from jax_kvcache.ops.checks import check_int32
-from jax_kvcache.ops.slots import INT32_MAX, block_table_slots, rows_below, rows_of_blocks
+from jax_kvcache.ops.indexing import take_one
+from jax_kvcache.ops.slots import (
+    INT32_MAX,
+    block_table_slots,
+    is_row,
+    rows_below,
+    rows_of_blocks,
+)
 
 
 @register_dataclass_serialization
@@ -100,6 +108,47 @@ class PagedKVCache(CacheBase):
         blocks, block_size = self.k_cache.shape[-4:-2]
         in_use = rows_below(rows_of_blocks(table, lengths, blocks, block_size), block_size)
         return shares_at_ends(self.k_cache, self.v_cache, in_use)
+
+    def copy_blocks(self, sources: ArrayLike, destinations: ArrayLike) -> Self:
+        """Copies whole blocks of codes, in every layer, one pair after the other.
+
+        This is the copy of copy-on-write, see `BlockAllocator.append`. Inside `jax.jit` with the
+        cache donated it is in place, with one block of each layer as its temporary.
+
+        Args:
+          sources: [N] int32 block numbers.
+          destinations: [N] int32 block numbers. A pair with a number outside [0, num_blocks), -1
+            for example, is skipped; a pair sees what the pairs before it wrote.
+
+        Returns:
+          The cache.
+
+        Raises:
+          TypeError: a dtype or rank is not as above.
+          ValueError: there are not as many destinations as sources.
+        """
+        check_caches(self)
+        sources = check_int32("sources", sources, "N")
+        destinations = check_int32("destinations", destinations, "N", sources.shape)
+        if sources.shape == (0,):
+            return self
+        blocks = self.k_cache.shape[-4]
+        copied = is_row(sources, blocks) & is_row(destinations, blocks)
+        destinations = jnp.where(copied, destinations, blocks)  # past the end, which is dropped
+        layers = (slice(None),) * (self.k_cache.ndim - 4)
+
+        def copy_one(i: jax.Array, caches: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            return tuple(
+                cache.at[*layers, destinations[i]].set(
+                    take_one(cache, sources[i], axis=len(layers)), mode="drop"
+                )
+                for cache in caches
+            )
+
+        with jax.named_scope("copy_blocks"):
+            caches = (self.k_cache, self.v_cache)
+            k_cache, v_cache = jax.lax.fori_loop(0, sources.shape[0], copy_one, caches)
+        return dataclasses.replace(self, k_cache=k_cache, v_cache=v_cache)
 
     def _indices(
         self, x: jax.Array, positions: ArrayLike, block_table: ArrayLike | None

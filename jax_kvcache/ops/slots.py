@@ -15,6 +15,7 @@ import numpy as np
 from jax import lax
 
 INT32_MAX = 2**31 - 1
+_LARGEST_CONSTANT = 4096  # elements that are written into a program; a decoding step has fewer
 
 Axes = tuple[str, ...]
 
@@ -143,11 +144,28 @@ def rows_of_blocks(
 
 
 def group_slots(slots: jax.Array, rows: Any) -> jax.Array:
-    """[*g, T] slots of each group's `rows` rows as slots over the rows of all groups."""
+    """[*g, T] slots of each group's `rows` rows as slots over the rows of all groups, or -1.
+
+    A device without fusion launches a kernel for every operation, so there are as few as can be:
+    a conversion, an unsigned comparison, a selection, and an addition where there are groups.
+    """
     groups = slots.shape[:-1]
-    if not groups:
-        return jnp.where(is_row(slots, rows), slots, jnp.full_like(slots, -1))
-    return rebase(slots, _count(math.prod(groups)).reshape(*groups, 1), rows)
+    number = math.prod(groups)
+    if not all(isinstance(size, int) for size in (*slots.shape, rows)):
+        return rebase(slots, _count(number).reshape(*groups, 1), rows)
+    block = np.arange(number, dtype=np.int64).reshape(*groups, 1)
+    fits = block < INT32_MAX // max(rows, 1)  # the rows of other blocks are more than int32 counts
+    bound = _constant(np.where(fits, rows, 0), slots.shape, np.uint32)
+    base = _constant(np.where(fits, block * rows, 0), slots.shape, np.int32)
+    inside = lax.lt(lax.convert_element_type(slots, jnp.uint32), bound)
+    moved = slots if number == 1 else lax.add(slots, base)
+    return lax.select(inside, moved, _constant(np.asarray(-1), slots.shape, np.int32))
+
+
+def _constant(value: np.ndarray, shape: Sequence[int], dtype: Any) -> np.ndarray:
+    """A constant of a shape. JAX writes a view out as a broadcast, which is an operation."""
+    view = np.broadcast_to(value.astype(dtype), shape)
+    return view.copy() if view.size <= _LARGEST_CONSTANT else view
 
 
 def unravel(slots: jax.Array, row_dims: Sequence[Any]) -> list[jax.Array]:

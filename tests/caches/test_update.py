@@ -25,7 +25,7 @@ from support.caches import (
     tokens,
 )  # fmt: skip
 from support.oracle import dequant_rope_quant_kvcache as oracle
-from support.results import assert_results
+from support.results import OF_A_STEP, assert_results
 
 from jax_kvcache import KVCache, slots_from_block_table
 
@@ -53,7 +53,7 @@ def expected_update(cache, call, indices, layer=None):
 
 def assert_equal(out, expected):
     q, cache = out
-    assert_results((q, cache.k_cache, cache.v_cache), expected, names=("q", "k_cache", "v_cache"))
+    assert_results((q, cache.k_cache, cache.v_cache), expected, names=OF_A_STEP)
 
 
 @functools.partial(jax.jit, static_argnames="implementation")

@@ -76,7 +76,7 @@ def test_layout(name, shape, kind, implementation):
     step = jax.jit(lambda caches, others: whole_mesh(caches | others), donate_argnums=0)
     caches = {key: arguments.pop(key) for key in ("k_cache", "v_cache")}
     compiled = step.lower(caches, arguments).compile()
-    assert layouts.collective_bytes(compiled.as_text()) == 0
+    assert hlo.collective_bytes(compiled.as_text()) == 0
     cache = caches["k_cache"]
     hlo.assert_in_place(compiled, math.prod(cache.sharding.shard_shape(cache.shape)))
     layouts.check(compiled(caches, arguments), layout)
