@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jax_kvcache.export import register_dataclass_serialization
+
 _MANTISSA_BITS, _EXPONENT_BIAS = 23, 127  # of float32
 
 
@@ -38,6 +40,7 @@ def check_same_channels(channels, others):
         raise ValueError(f"`other` must have the channels {list(channels)}, got {list(others)}.")
 
 
+@register_dataclass_serialization
 @partial(jax.tree_util.register_dataclass, data_fields=["low", "high"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class MinMax:
@@ -75,6 +78,7 @@ class MinMax:
         return jnp.maximum(-self.low, self.high)
 
 
+@register_dataclass_serialization
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["range", "counts"],

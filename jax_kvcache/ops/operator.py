@@ -19,7 +19,11 @@ from jax.interpreters import batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_kvcache import backends, mesh
-from jax_kvcache._compat import requires_devices_during_lowering
+from jax_kvcache._compat import (
+    requires_devices_during_lowering,
+    shaped_array,
+    varying_axes,
+)
 from jax_kvcache.ops.implementation import Options, choose
 from jax_kvcache.ops.operands import (
     aliases,
@@ -57,8 +61,7 @@ class Operator:
     def bind(self, primitive: Primitive, operands: Any, options: Options) -> list[jax.Array]:
         """Binds the primitive, with operands that vary over mesh axes as the results need it."""
         varying = {
-            name: jax.typeof(operand).manual_axis_type.varying
-            for name, operand in operands._asdict().items()
+            name: varying_axes(jax.typeof(operand)) for name, operand in operands._asdict().items()
         }
         more = varying_alike(operands, self.results, varying)
         operands = [
@@ -101,10 +104,10 @@ def _result_types(operator: Operator, avals: Sequence[Any], options: Options) ->
     layout = operator.sharding.layout(on, ops, None, options)
     specs = operator.sharding.result_specs(layout, shapes)
     # `Operator.bind` has made the operands that a result reads vary alike.
-    most = max((a.manual_axis_type for a in avals), key=lambda t: len(t.varying))
-    vary = [getattr(ops, row.reads[0]).manual_axis_type if row.reads else most for row in rows]
+    most = max(avals, key=lambda aval: len(varying_axes(aval)))
+    vary = [getattr(ops, row.reads[0]) if row.reads else most for row in rows]
     return [
-        core.ShapedArray(s, d, sharding=NamedSharding(on, spec), manual_axis_type=v)
+        shaped_array(s, d, NamedSharding(on, spec), varying_as=v)
         for s, d, spec, v in zip(shapes, dtypes, specs, vary, strict=True)
     ]
 

@@ -3,7 +3,7 @@
 # ruff: noqa: F401
 from jax_kvcache import _compat as compat
 from jax_kvcache import backends, mesh
-from jax_kvcache.backends import ascend, library, pjrt
+from jax_kvcache.backends import ascend, ascend_plugin, library, pjrt
 from jax_kvcache.model import calibrate as calibrate_model
 from jax_kvcache.ops import indexing, operands, operator, slots
 from jax_kvcache.ops.dequant_rope_quant_kvcache import api, primitive, reference

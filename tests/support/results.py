@@ -4,6 +4,7 @@ import ml_dtypes
 import numpy as np
 
 NAMES = ("q", "k", "v", "k_cache", "v_cache")
+OF_A_STEP = ("q", "k_cache", "v_cache")  # what a step of decoding hands on
 FLUSHED = (np.dtype("float32"), np.dtype(ml_dtypes.bfloat16))  # subnormals may become zeros
 
 

@@ -146,9 +146,9 @@ def _shard(ops: Operands, call: Call, layout: Layout, mesh: Any) -> Any:
     """One device's part: its own heads of its own sequences, over the rows that it has."""
     real = functools.partial(real_axes, mesh)
     blocks, rows, merged = tuple(map(real, layout.blocks)), real(layout.rows), real(layout.merged)
-    sharded_batch = bool(real(layout.queries[-2]))
-    # Only whole batches, and those that lie where their blocks do, read block b for sequence b.
-    changes = {} if layout.aligned or not sharded_batch else {"contiguous": False}
+    # Sequence b reads block b of a part where neither is split, or both are split alike.
+    split = real(layout.queries[-2]) or blocks[-1]
+    changes = {"contiguous": False} if split and not layout.aligned else {}
     if any(blocks):
         n_dims = ops.k_cache.shape[len(layout.queries) - 2 : -3]
         shards = [num_shards(mesh, axes) for axes in blocks]

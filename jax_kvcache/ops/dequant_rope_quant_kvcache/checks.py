@@ -19,6 +19,7 @@ from jax_kvcache.ops.checks import (
     check_row_count,
     check_shape,
 )
+from jax_kvcache.ops.dequant_rope_quant_kvcache.columns import check_num_q_heads
 from jax_kvcache.ops.implementation import check_implementation
 
 
@@ -59,6 +60,9 @@ class Call(NamedTuple):
     implementation: Any = None
     layer: Layer | None = None
     axes: tuple[str, ...] = ()
+    num_q_heads: int | None = None
+    total_q_heads: int | None = None  # a cache's, of all devices together
+    qkv_shards: int | None = None
 
 
 class Sizes(NamedTuple):
@@ -148,6 +152,7 @@ def check_call(call: Call) -> Sizes:
     _check_caches(k_cache, call.v_cache, call.layer is not None)
     B, S, H = (x.shape[0], x.shape[1] if len(x.shape) == 3 else None, x.shape[-1])
     C1, C2, Nkv, D = k_cache.shape[-4:]
+    check_num_q_heads(call.num_q_heads, call.total_q_heads, H, Nkv, D)
     Nq = _check_size_splits(call.size_splits, H, Nkv, D)
     sizes = Sizes(B, S, H, C1, C2, Nq, Nkv, D)
     letters = ", ".join(("B", "S")[: len(sizes.tokens)])

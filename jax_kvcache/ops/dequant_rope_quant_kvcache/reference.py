@@ -82,8 +82,13 @@ def _round(product):
 
 
 def _divide(value, scale):
-    """value / scale, correctly rounded; XLA turns division by a broadcast into a reciprocal."""
-    return value / lax.optimization_barrier(jnp.broadcast_to(scale, value.shape))
+    """value / scale, correctly rounded.
+
+    XLA turns the division by a broadcast into a multiplication by reciprocals.  It does not see
+    the broadcast behind this select, which is fused; behind an optimisation barrier, the broadcast
+    would be an array in memory.
+    """
+    return value / jnp.where(value == value, scale, jnp.full_like(value, jnp.nan))
 
 
 def dequantize(x, weight_scale, activation_scale, bias):
@@ -114,22 +119,23 @@ def dequantize(x, weight_scale, activation_scale, bias):
 def apply_rope(x, cos, sin):
     """Rotates each head by halves: the pairs are (x[j], x[j + D/2]).
 
+    XLA:CPU computes the operands of a concatenation into arrays in memory, and copies them.  So the
+    halves come back apart, and are joined when they have the smaller dtype of the results.
+
     Args:
       x: [*g, T, N, D] in the compute dtype (float16 or float32).
       cos, sin: [*g, T, D] in the same dtype; their two halves are independent values.
 
     Returns:
-      [*g, T, N, D]; every product and every sum rounded once to the compute dtype.
+      The first and the second half, [*g, T, N, D/2]; every product and every sum rounded once to
+      the compute dtype.
     """
     half = x.shape[-1] // 2
     first, second = x[..., :half], x[..., half:]
     cos, sin = jnp.expand_dims(cos, -2), jnp.expand_dims(sin, -2)
-    return jnp.concatenate(
-        [
-            _round(second * -sin[..., :half]) + _round(first * cos[..., :half]),
-            _round(first * sin[..., half:]) + _round(second * cos[..., half:]),
-        ],
-        axis=-1,
+    return (
+        _round(second * -sin[..., :half]) + _round(first * cos[..., :half]),
+        _round(first * sin[..., half:]) + _round(second * cos[..., half:]),
     )
 
 
@@ -175,6 +181,14 @@ def write_rows(cache, slots, rows, mode):
     return write_group(cache, index, rows)
 
 
+def _halves(parameter):
+    return (None, None) if parameter is None else jnp.split(parameter, 2, axis=-1)
+
+
+def _join(halves):
+    return jnp.concatenate(list(halves), axis=-1)
+
+
 def dequant_rope_quant_kvcache_reference(
     operands: Operands, options: WriteOptions, platform: str
 ) -> Results:
@@ -196,16 +210,20 @@ def dequant_rope_quant_kvcache_reference(
         y = ops.x
     compute_dtype = jnp.float16 if dtype == jnp.float16 else jnp.float32
     heads = y.reshape(*y.shape[:-1], y.shape[-1] // head_dim, head_dim)
-    rotated = apply_rope(
-        heads[..., :-num_kv_heads, :].astype(compute_dtype),
-        ops.cos.astype(compute_dtype),
-        ops.sin.astype(compute_dtype),
-    )
-    q, k = rotated[..., :-num_kv_heads, :], rotated[..., -num_kv_heads:, :]
-    v = heads[..., -num_kv_heads:, :]
+    num_q_heads = heads.shape[-2] - 2 * num_kv_heads
+    q, k, v = jnp.split(heads, [num_q_heads, num_q_heads + num_kv_heads], axis=-2)
+    cos, sin = ops.cos.astype(compute_dtype), ops.sin.astype(compute_dtype)
+    # q and k are rotated apart, so that XLA computes each where it is used.
+    q, k = (apply_rope(a.astype(compute_dtype), cos, sin) for a in (q, k))
+    k_codes = _join(map(quantize_int8, k, _halves(ops.scale_k), _halves(optional["offset_k"])))
+    v_codes = quantize_int8(v, ops.scale_v, optional["offset_v"])
     write = partial(write_rows, slots=ops.slots, mode=options.indices_mode)
-    k_cache = write(ops.k_cache, rows=quantize_int8(k, ops.scale_k, optional["offset_k"]))
-    v_cache = write(ops.v_cache, rows=quantize_int8(v, ops.scale_v, optional["offset_v"]))
+    k_cache = write(ops.k_cache, rows=k_codes)
+    v_cache = write(ops.v_cache, rows=v_codes)
+
+    def output(halves):
+        return _join(half.astype(dtype) for half in halves)
+
     empty = jnp.zeros((0,), dtype)
-    k, v = (k.astype(dtype), v.astype(dtype)) if options.kv_output else (empty, empty)
-    return Results(q.astype(dtype), k, v, k_cache, v_cache)
+    k, v = (output(k), v.astype(dtype)) if options.kv_output else (empty, empty)
+    return Results(output(q), k, v, k_cache, v_cache)
