@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from jax_kvcache import backends
 from jax_kvcache.backends import library
-from jax_kvcache.cli import CommandError, bench_attention, bench_gpu, bench_steps
+from jax_kvcache.cli import CommandError, bench_ascend, bench_attention, bench_gpu, bench_steps
 from jax_kvcache.cli import bench_cases as cases
 from jax_kvcache.cli.bench_attention import ATTENTION_CASES, AttentionCase
 from jax_kvcache.cli.bench_timing import Contestant, Rounds
@@ -48,6 +48,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--rounds", type=int, default=15, help="repeats (default: 15)")
     parser.add_argument(
         "--rotate", action="store_true", help="inputs from main memory, not from the CPU's caches"
+    )
+    parser.add_argument(
+        "--ascend-host",
+        action="store_true",
+        help="instead: microseconds per call that the Ascend handler costs the host, on the "
+        "stand-in device, with a CANN that does nothing",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--plot", metavar="FILE", help="write a bar chart")
@@ -140,6 +146,9 @@ def run(arguments: argparse.Namespace) -> None:
     """Measures and prints."""
     if arguments.rounds < 1:
         raise CommandError(f"`--rounds` must be at least 1, got {arguments.rounds}.")
+    if arguments.ascend_host:
+        print(json.dumps({"ascend_host": bench_ascend.measure(arguments.rounds)}, indent=2))
+        return
     if jax.default_backend() == "gpu":
         bench_gpu.report(arguments.rounds, arguments.json)
         return
