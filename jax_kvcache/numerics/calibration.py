@@ -68,7 +68,10 @@ def fake_quantize(values, scale, offset=None) -> FakeQuantized:
     flat_offset = None if offset is None else offset.reshape(1, -1)
     codes = quantize_int8(rows, flat_scale, flat_offset).reshape(values.shape)
     steps = codes.astype(jnp.float32)
-    return FakeQuantized(codes, (steps if offset is None else steps - offset) * scale)
+    ones = (1,) * (values.ndim - scale.ndim)
+    if offset is not None:
+        steps = steps - offset.reshape(*ones, *offset.shape)
+    return FakeQuantized(codes, steps * scale.reshape(*ones, *scale.shape))
 
 
 def scale_and_offset(low, high, *, symmetric=True, codes=(-128, 127)) -> Calibration:
@@ -164,10 +167,10 @@ def _from_search(sketch, ratios, symmetric):
     """Tries every ratio on points spread evenly inside the buckets, weighted by the counts."""
     seen = sketch.range
     low_edges, high_edges = sketch.edges()
-    parts = (jnp.arange(_POINTS_PER_BUCKET) + 0.5) / _POINTS_PER_BUCKET
-    points = low_edges[:, None] + (high_edges - low_edges)[:, None] * parts  # [buckets, parts]
-    ones = (1,) * seen.low.ndim
-    points = jnp.clip(points.reshape(*points.shape, *ones), seen.low, seen.high)
+    parts = (jnp.arange(_POINTS_PER_BUCKET, dtype=jnp.float32) + 0.5) / _POINTS_PER_BUCKET
+    points = low_edges[:, None] + (high_edges - low_edges)[:, None] * parts[None, :]
+    points = points.reshape(*points.shape, *(1,) * seen.low.ndim)  # [buckets, parts, ..]
+    points = jnp.clip(points, seen.low[None, None], seen.high[None, None])
     weights = jnp.moveaxis(sketch.counts, -1, 0)[:, None].astype(jnp.float32)
 
     magnitude = seen.absolute_maximum()

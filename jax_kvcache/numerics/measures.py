@@ -21,6 +21,10 @@ def decibels(signal, noise):
     return 10 * jnp.log10(signal / noise)
 
 
+def _ratio(part, whole):
+    return part.astype(jnp.float32) / whole.astype(jnp.float32)
+
+
 def _check_alike(name, value, of_name, of):
     """Raises ValueError unless two arrays have one shape: broadcasting would compare others."""
     if value.shape != of.shape:
@@ -85,7 +89,7 @@ class ErrorObserver:
     @classmethod
     def create(cls, channels):
         """An observer of values [..., *channels] that has seen nothing."""
-        zero = jnp.zeros(channels)
+        zero = jnp.zeros(channels, jnp.float32)
         return cls(
             zero, zero, zero, jnp.zeros(channels, jnp.int32), jnp.zeros((*channels, 256), jnp.int32)
         )
@@ -100,11 +104,14 @@ class ErrorObserver:
         codes, approximation = fake_quantize(values, scale, offset)
         finite = jnp.isfinite(values)
         noise = jnp.where(finite, values - approximation, 0)
-        z = values / scale + (0 if offset is None else offset)
+        scale = jnp.asarray(scale)[None]
+        z = values / scale
+        if offset is not None:
+            z = z + jnp.asarray(offset)[None]
         beyond = finite & ((z < -128.5) | (z > 127.5))
         flat = self.histogram.reshape(-1, 256)
         code = codes.reshape(len(values), -1).astype(jnp.int32) + 128
-        flat = flat.at[jnp.arange(len(flat))[None, :], code].add(
+        flat = flat.at[jnp.arange(len(flat), dtype=jnp.int32)[None, :], code].add(
             finite.reshape(code.shape).astype(jnp.int32)
         )
         return ErrorObserver(
@@ -135,8 +142,8 @@ class ErrorObserver:
         return ErrorReport(
             decibels(self.signal, self.noise),
             self.max_error,
-            self.saturated / jnp.sum(self.histogram, -1),
-            jnp.mean(self.histogram > 0, -1),
+            _ratio(self.saturated, jnp.sum(self.histogram, -1, dtype=jnp.int32)),
+            jnp.mean(self.histogram > 0, -1, dtype=jnp.float32),
         )
 
     def total(self) -> ErrorReport:
@@ -144,8 +151,8 @@ class ErrorObserver:
         return ErrorReport(
             decibels(jnp.sum(self.signal), jnp.sum(self.noise)),
             jnp.max(self.max_error),
-            jnp.sum(self.saturated) / jnp.sum(self.histogram),
-            jnp.mean(self.histogram > 0),
+            _ratio(*(jnp.sum(n, dtype=jnp.float32) for n in (self.saturated, self.histogram))),
+            jnp.mean(self.histogram > 0, dtype=jnp.float32),
         )
 
 
@@ -168,7 +175,7 @@ def _causal_attention(q, k, v):
     q = q.astype(jnp.float32).reshape(len(q), num_kv_heads, -1, head_dim)
     scores = jnp.einsum("tngd,snd->ngts", q, k.astype(jnp.float32)) * head_dim**-0.5
     seen = jnp.tril(jnp.ones(scores.shape[-2:], bool))
-    weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
+    weights = jax.nn.softmax(jnp.where(seen[None, None], scores, -jnp.inf), axis=-1)
     return weights, jnp.einsum("ngts,snd->tngd", weights, v.astype(jnp.float32))
 
 
@@ -207,7 +214,7 @@ def token_agreement(logits, baseline):
       ValueError: the two arrays differ in shape.
     """
     _check_alike("logits", logits, "baseline", baseline)
-    return jnp.mean(jnp.argmax(logits, -1) == jnp.argmax(baseline, -1))
+    return jnp.mean(jnp.argmax(logits, -1) == jnp.argmax(baseline, -1), dtype=jnp.float32)
 
 
 def divergence(logits, baseline):
