@@ -192,7 +192,9 @@ class BlockAllocator:
         """A length up to the sequence's; its own for None."""
         own = self._lengths[self._known(sequence)]
         if length is not None and _at_least(name, length, 0) > own:
-            raise ValueError(f"`{name}` must be at most {own}, the sequence's length, got {length}.")
+            raise ValueError(
+                f"`{name}` must be at most {own}, the sequence's length, got {length}."
+            )
         return own if length is None else length
 
     def _add(self, blocks: list[int], length: int) -> int:

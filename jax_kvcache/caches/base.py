@@ -1,7 +1,7 @@
 """What both KV caches share: their fields, and one way into the operator for one layer or many."""
 
 import dataclasses
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, overload
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from jax_kvcache.ops.implementation import Implementation
 from jax_kvcache.ops.indexing import take_one
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class CacheBase:
     """What both caches hold; see `KVCache` and `PagedKVCache` for the shapes."""
 
@@ -25,6 +25,19 @@ class CacheBase:
     offset_k: jax.Array | None
     offset_v: jax.Array | None
     layers: int | None = dataclasses.field(metadata={"static": True})
+
+    def __repr__(self) -> str:
+        """The shapes, dtypes and bytes in one line; codes and scales are left out."""
+
+        def text(name: str) -> str:
+            field = getattr(self, name)
+            shaped = hasattr(field, "shape") and hasattr(field, "dtype")
+            return f"{name}={field.dtype.name}{list(field.shape)}" if shaped else f"{name}={field}"
+
+        parts = [text(field.name) for field in dataclasses.fields(self)]
+        if all(hasattr(leaf, "size") for leaf in jax.tree.leaves(self)):
+            parts.append(f"nbytes={self.nbytes:_}")
+        return f"{type(self).__name__}({', '.join(parts)})"
 
     @property
     def nbytes(self) -> int:
@@ -61,6 +74,7 @@ class CacheBase:
             restore(self.v_cache, self.scale_v, self.offset_v),
         )
 
+    @overload
     def update(
         self,
         x: jax.Array,
@@ -73,8 +87,42 @@ class CacheBase:
         bias: jax.Array | None = None,
         block_table: ArrayLike | None = None,
         layer: ArrayLike | None = None,
+        kv_output: Literal[False] = False,
         implementation: Implementation = None,
-    ) -> tuple[jax.Array, Self]:
+    ) -> tuple[jax.Array, Self]: ...
+
+    @overload
+    def update(
+        self,
+        x: jax.Array,
+        cos: jax.Array,
+        sin: jax.Array,
+        positions: ArrayLike,
+        *,
+        weight_scale: jax.Array | None = None,
+        activation_scale: jax.Array | None = None,
+        bias: jax.Array | None = None,
+        block_table: ArrayLike | None = None,
+        layer: ArrayLike | None = None,
+        kv_output: Literal[True],
+        implementation: Implementation = None,
+    ) -> tuple[jax.Array, jax.Array, jax.Array, Self]: ...
+
+    def update(
+        self,
+        x: jax.Array,
+        cos: jax.Array,
+        sin: jax.Array,
+        positions: ArrayLike,
+        *,
+        weight_scale: jax.Array | None = None,
+        activation_scale: jax.Array | None = None,
+        bias: jax.Array | None = None,
+        block_table: ArrayLike | None = None,
+        layer: ArrayLike | None = None,
+        kv_output: bool = False,
+        implementation: Implementation = None,
+    ) -> tuple[jax.Array, Self] | tuple[jax.Array, jax.Array, jax.Array, Self]:
         """Writes S tokens of each sequence; see `dequant_rope_quant_kvcache` for the arithmetic.
 
         Args:
@@ -91,10 +139,13 @@ class CacheBase:
             whose block is not allocated, or does not exist, is skipped. None for a `KVCache`.
           layer: the layer to write, an int or an integer scalar; for a cache with layers only. A
             traced one that does not exist writes nothing (q is computed all the same).
+          kv_output: whether k and v come back too: to attend over a prompt's own, or to calibrate
+            the cache's scales, see `jax_kvcache.numerics`.
           implementation: None, "ffi" or "xla".
 
         Returns:
-          q [B, S, Nq, D] in the dtype of cos, and the cache.
+          q [B, S, Nq, D] in the dtype of cos, and the cache; with `kv_output` q, k, v and the
+          cache, k after RoPE and v [B, S, Nkv, D], both before they are quantised.
 
         Raises:
           TypeError: a wrong dtype or rank, or an argument that does not go with this cache.
@@ -125,12 +176,16 @@ class CacheBase:
                 weight_scale=weight_scale,
                 activation_scale=activation_scale,
                 bias=bias,
+                kv_output=kv_output,
                 cache_mode=cache_mode,
                 implementation=implementation,
                 layer=at,
             )
         )
-        return out.q, dataclasses.replace(self, k_cache=out.k_cache, v_cache=out.v_cache)
+        cache = dataclasses.replace(self, k_cache=out.k_cache, v_cache=out.v_cache)
+        if out.k is None or out.v is None:
+            return out.q, cache
+        return out.q, out.k, out.v, cache
 
     def _indices(
         self, x: jax.Array, positions: ArrayLike, block_table: ArrayLike | None

@@ -11,7 +11,7 @@ from jax_kvcache.caches.checks import check_positions, empty_fields
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class KVCache(CacheBase):
     """A contiguous int8 KV cache: each sequence has C2 rows of its own.
 

@@ -16,7 +16,7 @@ from jax_kvcache.ops.slots import INT32_MAX, block_table_slots, is_row
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class PagedKVCache(CacheBase):
     """A paged int8 KV cache: blocks of rows, given to sequences by a block table.
 

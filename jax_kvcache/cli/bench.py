@@ -202,16 +202,44 @@ def _measure_all(arguments: argparse.Namespace) -> dict:
 
 
 def _table(report: dict) -> str:
-    """The report as text: a line of times and a line of ratios per shape."""
-    lines = [f"microseconds per call (median); {report['simd']}"]
-    for name, result in report["shapes"].items():
-        lines.append(
-            f"\n{name}: {result['bytes'] / 1e6:.2f} MB on {result['threads']} threads, "
-            f"{result['gigabytes_per_second']:.1f} GB/s, {result['page_faults']:.0f} page faults"
-        )
-        lines.append("  " + "  ".join(f"{k} {v:.1f}" for k, v in result["microseconds"].items()))
-        lines.append("  " + "  ".join(f"{k} {v:.2f}" for k, v in result["ratios"].items()))
-    return "\n".join(lines)
+    """The report as two tables with a row per shape: times, and ratios."""
+    shapes = report["shapes"]
+    times = {
+        name: {
+            "MB": f"{result['bytes'] / 1e6:.2f}",
+            "threads": str(result["threads"]),
+            "GB/s": f"{result['gigabytes_per_second']:.1f}",
+            "faults": f"{result['page_faults']:.0f}",
+            **{k: f"{v:,.1f}" for k, v in result["microseconds"].items()},
+        }
+        for name, result in shapes.items()
+    }
+    ratios = {
+        name: {k: f"{v:.2f}" for k, v in result["ratios"].items()}
+        for name, result in shapes.items()
+    }
+    return "\n".join(
+        [
+            f"microseconds per call, medians; {report['simd']}; bytes moved, and the kernel's "
+            "threads, GB/s and page faults per call",
+            *_rows(times),
+            "",
+            "ratios, medians of those within a round",
+            *_rows(ratios),
+        ]
+    )
+
+
+def _rows(cells: dict[str, dict[str, str]]) -> list[str]:
+    """Lines of a table: a header, then a row per key; "-" where a row has no such column."""
+    columns = list(dict.fromkeys(column for row in cells.values() for column in row))
+    lines = [["", *columns]]
+    lines += [[name, *(row.get(c, "-") for c in columns)] for name, row in cells.items()]
+    first, *others = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return [
+        "  ".join([f"{name:{first}}", *(f"{t:>{w}}" for t, w in zip(texts, others, strict=True))])
+        for name, *texts in lines
+    ]
 
 
 def _plot(pyplot, results: dict[str, dict]) -> None:
