@@ -1,5 +1,6 @@
 """What users of several devices need: the tensor-parallel column order, and a shard's own slots."""
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -10,10 +11,44 @@ from jax.typing import ArrayLike
 
 from jax_kvcache.ops.checks import INT32, check_array
 from jax_kvcache.ops.dequant_rope_quant_kvcache.checks import check_splits
+from jax_kvcache.ops.dequant_rope_quant_kvcache.columns import check_number
 from jax_kvcache.ops.slots import INT32_MAX, axes_named, shard_slots
 
+# Smaller heads are those of toy models, which have few of them.
+_USUAL_HEAD = 16
 
-def _column_order(width, size_splits, shards) -> np.ndarray:
+
+def _check_whole_heads(splits: tuple[int, ...], shards: int, head_dim: int | None) -> None:
+    """Raises ValueError where a device would get a part of a head.
+
+    The widths alone do not say how large a head is. Without `head_dim` this finds only what would
+    be whole heads of a size that no model has.
+    """
+    check_number("head_dim", head_dim)
+    if head_dim is not None:
+        if any(split % head_dim for split in splits):
+            raise ValueError(
+                f"`head_dim` must divide each of `size_splits` = {splits}, got {head_dim}."
+            )
+        heads = [split // head_dim for split in splits]
+        if any(number % shards for number in heads):
+            raise ValueError(
+                f"`shards` must divide the numbers of q, k and v heads, {heads} with `head_dim` = "
+                f"{head_dim}, got {shards}. Share the heads among {math.gcd(*heads)} devices or a "
+                "divisor of that, or repeat each kv head in the projection until there are enough."
+            )
+        return
+    largest = splits[1] // shards
+    if largest < _USUAL_HEAD and splits[0] // largest > 2 * largest:
+        raise ValueError(
+            f"`shards` must leave each device whole kv heads, got {shards}: with `size_splits` = "
+            f"{splits} each would get {largest} columns of k, and heads of {largest} columns would "
+            f"mean {splits[0] // largest} q heads. Use at most as many devices as there are kv "
+            f"heads, or pass `head_dim` = {largest} if the heads are so small."
+        )
+
+
+def _column_order(width, size_splits, shards, head_dim) -> np.ndarray:
     splits = check_splits(size_splits)
     if min(splits) < 1 or sum(splits) != width:
         raise ValueError(
@@ -24,13 +59,14 @@ def _column_order(width, size_splits, shards) -> np.ndarray:
         raise TypeError(f"`shards` must be an int, got {shards!r}.")
     if shards < 1 or any(split % shards for split in splits):
         raise ValueError(f"`shards` must divide each of `size_splits` = {splits}, got {shards}.")
+    _check_whole_heads(splits, int(shards), head_dim)
     blocks = np.split(np.arange(width), np.cumsum(splits)[:2])
     # [shards, each block's own columns]: device i gets q, k and v columns i
     return np.concatenate([b.reshape(shards, -1) for b in blocks], axis=1).reshape(-1)
 
 
 def interleave_qkv_for_tensor_parallel(
-    w: ArrayLike, size_splits: Sequence[int], shards: int
+    w: ArrayLike, size_splits: Sequence[int], shards: int, *, head_dim: int | None = None
 ) -> jax.Array:
     """Orders the columns [q | k | v] so that each of `shards` equal parts is a [q | k | v] itself.
 
@@ -38,27 +74,33 @@ def interleave_qkv_for_tensor_parallel(
     over them gives each device its own q, k and v heads, and nothing is communicated. Apply it to
     the weight, `weight_scale` and `bias` alike, once, when the weights are loaded.
 
-    In automatic and explicit mode the operator sees the whole x and the plain order is the right
-    one; an interleaved x would give wrong results there without an error.
+    Pass the operator `qkv_shards=shards` then, which compares it with the mesh. In automatic and
+    explicit mode the operator sees the whole x and the plain order is the right one; with
+    `qkv_shards` an interleaved x is an error there, without it its results are wrong. The
+    operator also takes x, `weight_scale` and `bias` as tuples (q, k, v), which need no order.
 
     Args:
       w: [..., H], H = sum(size_splits); the projection's weight or a vector over its columns.
       size_splits: (Nq*D, Nkv*D, Nkv*D), the widths of q, k and v.
       shards: number of devices that share the heads; divides each width into whole heads.
+      head_dim: D, with which it is an error if a device gets a part of a head, as where there are
+        more shards than kv heads. The widths do not say it: without it only parts of fewer than 16
+        columns are found.
 
     Returns:
       [..., H], a permutation of the columns.
 
     Raises:
       TypeError: widths or `shards` that are not ints.
-      ValueError: widths below 1, that do not add up to H, or that `shards` does not divide.
+      ValueError: widths below 1, that do not add up to H, or that `shards` does not divide into
+        whole heads.
     """
     w = jnp.asarray(w)
-    return w[..., _column_order(w.shape[-1], size_splits, shards)]
+    return w[..., _column_order(w.shape[-1], size_splits, shards, head_dim)]
 
 
 def deinterleave_qkv_for_tensor_parallel(
-    w: ArrayLike, size_splits: Sequence[int], shards: int
+    w: ArrayLike, size_splits: Sequence[int], shards: int, *, head_dim: int | None = None
 ) -> jax.Array:
     """Undoes `interleave_qkv_for_tensor_parallel`; same arguments.
 
@@ -66,7 +108,7 @@ def deinterleave_qkv_for_tensor_parallel(
       [..., H] in the plain order [q | k | v].
     """
     w = jnp.asarray(w)
-    return w[..., np.argsort(_column_order(w.shape[-1], size_splits, shards))]
+    return w[..., np.argsort(_column_order(w.shape[-1], size_splits, shards, head_dim))]
 
 
 def local_slots(indices: ArrayLike, rows: int, axis_name: str | tuple[str, ...]) -> jax.Array:

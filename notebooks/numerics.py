@@ -16,14 +16,15 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from jax_kvcache import numerics
-from jax_kvcache.model import forward_float, load_model
+from jax_kvcache.checkpoints import load_demo
+from jax_kvcache.model import forward_float
 from jax_kvcache.model.evaluate import cut_windows
 from jax_kvcache.numerics import demo_model
 
 plt.rcParams.update({"figure.dpi": 80, "font.size": 11, "axes.grid": True, "grid.alpha": 0.3})
 BLUE, ORANGE, GREEN, VERMILION, PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7"
 
-model = load_model()
+model = load_demo()
 config = model.config
 print(
     f"{config.n_layers} layers, {config.n_kv_heads} kv heads of {config.head_dim} channels, "

@@ -14,9 +14,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import jax_kvcache
-from jax_kvcache.model import forward, load_model, new_cache
+from jax_kvcache.checkpoints import load_demo
+from jax_kvcache.model import forward, new_cache
 
-model = load_model()
+model = load_demo()
 config = model.config
 Nq, Nkv, D = config.n_q_heads, config.n_kv_heads, config.head_dim
 print(f"{config.n_layers} layers, {Nq} query heads, {Nkv} key/value heads of {D}, bytes as tokens")
@@ -30,14 +31,15 @@ print(f"{config.n_layers} layers, {Nq} query heads, {Nkv} key/value heads of {D}
 # %%
 prompt = b"class Parser:\n    def __init__(self"
 tokens = jnp.asarray(np.frombuffer(prompt, np.uint8).astype(np.int32))[None, :]
-layer = jax.tree.map(lambda a: a[0], model.layers)
+layer = model.layers[0]
+(qkv,) = layer.qkv  # one projection for q, k and v
 
 h = model.embed[tokens]
-h = h * jax.lax.rsqrt(jnp.mean(h * h, -1, keepdims=True) + config.norm_eps) * layer["norm1"]
+h = h * jax.lax.rsqrt(jnp.mean(h * h, -1, keepdims=True) + config.norm_eps) * layer.norm1
 activation_scale = jnp.max(jnp.abs(h), -1) / 127
 codes = jnp.rint(h / activation_scale[..., None]).astype(jnp.int8)
 x = jax.lax.dot_general(
-    codes, layer["wqkv"], (((2,), (0,)), ((), ())), preferred_element_type=jnp.int32
+    codes, qkv.weight, (((2,), (1,)), ((), ())), preferred_element_type=jnp.int32
 )
 print("accumulators", x.dtype, x.shape, "from", int(x.min()), "to", int(x.max()))
 
@@ -48,15 +50,15 @@ print("accumulators", x.dtype, x.shape, "from", int(x.min()), "to", int(x.max())
 # %%
 B, S, H = x.shape
 positions = jnp.arange(S, dtype=jnp.int32)[None, :]
-cos, sin = jax_kvcache.rope_tables(positions, D, config.rope_theta, jnp.bfloat16)
+cos, sin = jax_kvcache.rope_tables(positions, D, config.rope.theta, jnp.bfloat16)
 k_cache, v_cache = jnp.zeros((2, B, config.context, Nkv, D), jnp.int8)
 scale_k, scale_v = model.cache_params["scale_k"][0], model.cache_params["scale_v"][0]
 
 operator = functools.partial(
     jax_kvcache.dequant_rope_quant_kvcache,
-    weight_scale=layer["wqkv_scale"],
+    weight_scale=qkv.weight_scale,
     activation_scale=activation_scale,
-    bias=layer["bqkv"],
+    bias=qkv.bias,
     kv_output=True,
 )
 indices = jnp.zeros((B,), jnp.int32)
@@ -188,7 +190,7 @@ def one_step(k_cache, v_cache, x, cos, sin, index, activation_scale):
     """One token [1, H] of one sequence with a cache of its own, [1, C2, Nkv, D]."""
     return jax_kvcache.dequant_rope_quant_kvcache(
         x, cos, sin, k_cache, v_cache, index, scale_k, scale_v,
-        weight_scale=layer["wqkv_scale"], activation_scale=activation_scale, bias=layer["bqkv"],
+        weight_scale=qkv.weight_scale, activation_scale=activation_scale, bias=qkv.bias,
     )  # fmt: skip
 
 
@@ -220,7 +222,7 @@ assert "while" not in lowered.as_text()
 print(
     jax_kvcache.explain(
         x, cos, sin, result.k_cache, result.v_cache, indices, scale_k, scale_v,
-        weight_scale=layer["wqkv_scale"], activation_scale=activation_scale, bias=layer["bqkv"],
+        weight_scale=qkv.weight_scale, activation_scale=activation_scale, bias=qkv.bias,
     )
 )  # fmt: skip
 in_bfloat16 = 2 * (cache.k_cache.size + cache.v_cache.size)

@@ -1,4 +1,4 @@
-"""How the package is laid out: what may import what, how long files are, and no repeated runs."""
+"""How package and tests are laid out: what may import what, file lengths, no repeated runs."""
 
 import ast
 import collections
@@ -23,21 +23,29 @@ LAYERS = [
     "ops.checks",
     "ops.operands",
     "backends",
+    "export",
     "ops.implementation",
     "mesh",
     "ops.operator",
     "ops.dequant_rope_quant_kvcache",
     "caches",
     "ops.decode_attention",
+    "rope_frequencies",
+    "rope_parameters",
     "rope",
     "tensor_parallel",
     "numerics",
     "model",
+    "checkpoints",
     "testing",
     "cli",
     "__main__",
     "__init__",  # the public names; no module imports them from here
 ]
+
+# What tests may import directly; everything else comes through support/internals.py.
+PUBLIC_MODULES = ("checkpoints", "numerics", "model", "cli", "testing", "__main__")
+INTERNALS = "support/internals.py"
 
 # Repeated runs that stay, by the two modules (or one) and the run's first line, with the reason.
 ALLOWED_RUNS: dict[tuple[tuple[str, ...], str], str] = {
@@ -47,7 +55,7 @@ ALLOWED_RUNS: dict[tuple[tuple[str, ...], str], str] = {
             "ops.dequant_rope_quant_kvcache.api",
             "ops.dequant_rope_quant_kvcache.explain",
         ),
-        'quant_mode: Literal["static"] = "static",',
+        "bias: Columns | None = None,",
     ): "explain has the operator's signature",
 }
 
@@ -216,3 +224,27 @@ def test_no_six_lines_are_written_twice():
 
 def test_allowed_runs_are_still_there():
     assert set(ALLOWED_RUNS) <= {(modules, line) for modules, line, _ in repeated_runs()}
+
+
+def test_tests_reach_into_the_package_in_one_place():
+    public = {
+        alias.asname or alias.name
+        for node in TREES["__init__"].body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    allowed = {f"jax_kvcache.{name}" for name in (*PUBLIC_MODULES, *public)} | {"jax_kvcache"}
+    found = []
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        where = path.relative_to(ROOT / "tests").as_posix()
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module is not None:
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            for name in names:
+                top = ".".join(name.split(".")[:2])
+                if name.startswith("jax_kvcache") and top not in allowed and where != INTERNALS:
+                    found.append(f"{where}:{node.lineno}: {name}")
+    assert not found, listed(found)

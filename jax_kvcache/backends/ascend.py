@@ -1,73 +1,23 @@
-"""The Ascend backend: registering with its plugin, what its operator takes, what it is given."""
+"""The Ascend backend: what its operator needs, what it takes, what it is given."""
 
 import ctypes
-import dataclasses
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from jax_kvcache import _compat
-from jax_kvcache.backends import library, pjrt
+from jax_kvcache.backends import ascend_plugin, library
+from jax_kvcache.backends.ascend_plugin import PLATFORMS
 from jax_kvcache.backends.backend import Backend, Target
 from jax_kvcache.ops.operands import group_rank_of, is_absent, table
 from jax_kvcache.ops.slots import INT32_MAX, group_slots
-
-PLATFORMS = ("ascend", "ASCEND")
-"""The public plugin registers as the first, and its client reports the second: each keys rules."""
 
 MAX_WIDTH = 4096
 """Of H, documented. So Nkv*D stays below 2048, where the published kernel's stride overflows."""
 
 
-# Registration
-
-
-@dataclasses.dataclass
-class _Routes:
-    """The two ways to register: for each None where it worked, or why it did not."""
-
-    through_jax: str | None = "it was not tried"
-    through_pjrt: str | None = "no Ascend PJRT plugin was found in this process"
-
-
-_routes = _Routes()
-
-
-def register(backend: Backend) -> None:
-    """Registers the targets with the Ascend plugin, now or when JAX discovers it."""
-    capsules = {
-        name: jax.ffi.pycapsule(library.symbol(target.symbol))
-        for name, target in backend.targets.items()
-    }
-    try:
-        for name, capsule in capsules.items():
-            for platform in backend.registered_as:
-                jax.ffi.register_ffi_target(name, capsule, platform=platform)
-        _routes.through_jax = None
-    except Exception as error:  # whatever the plugin's hook raises
-        _routes.through_jax = f"the plugin's hook raised {type(error).__name__}: {error}"
-
-    def with_plugin(c_api):
-        if not any(c_api is _compat.plugin_api(name) for name in PLATFORMS):
-            return
-        for name, capsule in capsules.items():
-            handler = pjrt.capsule_pointer(capsule)
-            errors = [pjrt.register_handler(c_api, name, handler, p) for p in PLATFORMS]
-            _routes.through_pjrt = None if None in errors else errors[0]
-
-    _compat.on_plugins_discovered(with_plugin)
-
-
-def routes() -> dict[str, str | None]:
-    """The ways to register with the plugin: for each None where it worked, or why it did not."""
-    hooked = any(map(_compat.has_custom_call_handler, PLATFORMS))
-    not_hooked = None if hooked else "no plugin takes targets from jax.ffi"
-    return {
-        "jax.ffi": _routes.through_jax or not_hooked,
-        "PJRT FFI extension": _routes.through_pjrt,
-    }
+# What it needs
 
 
 def cann() -> tuple[bool, str]:
@@ -79,29 +29,30 @@ def cann() -> tuple[bool, str]:
     return bool(bound), (text.value or b"").decode(errors="replace")
 
 
-def plugin() -> str | None:
-    """The platform name of this process's Ascend plugin; None without one, or before JAX starts."""
-    return next((p for p in _compat.initialized_backends().values() if p in PLATFORMS), None)
-
-
 def unavailable() -> str | None:
     """Why the operator cannot run in this process, or None when it can."""
     if (missing := library.missing()) is not None:
         return missing
-    if plugin() is None:
+    if ascend_plugin.name() is None:
         return "this process has no Ascend PJRT plugin"
-    reasons = routes()
-    if None not in reasons.values():
-        tried = "; ".join(f"{route}: {reason}" for route, reason in reasons.items())
-        return f"the Ascend plugin did not take the FFI target ({tried})"
+    if (reason := ascend_plugin.refusal()) is not None:
+        return reason
     bound, text = cann()
     return None if bound else text
 
 
 def report() -> dict[str, str]:
     """The state of everything that the operator needs, for people."""
-    registered = {f"target through {k}": v or "registered" for k, v in routes().items()}
-    return {"plugin": plugin() or "none in this process"} | registered | {"CANN": cann()[1]}
+    name = ascend_plugin.name()
+    offers = {f"offered through {k}": v or "accepted" for k, v in ascend_plugin.offers().items()}
+    if name is None:
+        target = "not registered: there is no plugin"
+    elif (reason := ascend_plugin.refusal()) is not None:
+        target = f"not registered: {reason}"
+    else:
+        target = "registered: a program with it compiles"
+    plugin = {"plugin": name or "none in this process"}
+    return plugin | offers | {"target": target, "CANN": cann()[1]}
 
 
 # What the operator takes
@@ -187,9 +138,9 @@ ASCEND = Backend(
         )
     },
     unavailable=unavailable,
-    is_here=lambda: plugin() is not None,
+    is_here=lambda: ascend_plugin.name() is not None,
     lowers_elsewhere=True,
-    register=register,
+    register=ascend_plugin.register,
     report=report,
 )
 _compat.enable_donation(PLATFORMS)  # exporting for Ascend needs no library

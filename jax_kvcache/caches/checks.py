@@ -16,6 +16,7 @@ from jax_kvcache.ops.checks import (
     check_shape,
 )
 from jax_kvcache.ops.dequant_rope_quant_kvcache.checks import Layer
+from jax_kvcache.ops.dequant_rope_quant_kvcache.columns import check_number
 
 
 def check_caches(cache: Any) -> None:
@@ -77,6 +78,7 @@ def empty_fields(
     num_kv_heads: int,
     head_dim: int,
     layers: int | None,
+    num_q_heads: int | None,
     scale_k: ArrayLike,
     scale_v: ArrayLike,
     offset_k: ArrayLike | None,
@@ -86,6 +88,7 @@ def empty_fields(
     sizes = sizes | {"num_kv_heads": num_kv_heads, "head_dim": head_dim}
     if layers is not None:
         sizes = {"layers": layers} | sizes
+    check_number("num_q_heads", num_q_heads)
     for name, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, int):
             raise TypeError(f"`{name}` must be an int, got {type(size).__name__}.")
@@ -110,7 +113,9 @@ def empty_fields(
             raise ValueError(
                 f"`{name}` must have shape [{letters}] = {list(dims)}, got {list(value.shape)}."
             )
-        return value.astype(jnp.float32)
+        value = value.astype(jnp.float32)
+        _check_values(name, value)
+        return value
 
     return {
         "k_cache": jnp.zeros(shape, jnp.int8),
@@ -120,4 +125,25 @@ def empty_fields(
         "offset_k": None if offset_k is None else per_layer("offset_k", offset_k),
         "offset_v": None if offset_v is None else per_layer("offset_v", offset_v),
         "layers": layers,
+        "num_q_heads": num_q_heads,
     }
+
+
+def _check_values(name: str, value: jax.Array) -> None:
+    """Raises ValueError for numbers that no scale or offset can be, where they are known."""
+    if isinstance(value, jax.core.Tracer) or not value.is_fully_addressable:
+        return
+    numbers = jax.device_get(value)
+    if name.startswith("scale"):
+        smallest = np.finfo(np.float32).tiny
+        usable = (numbers >= smallest) & (numbers < np.inf)
+        expected = f"finite and at least {smallest}, the smallest normal float32 number"
+    else:
+        usable, expected = np.isfinite(numbers), "finite"
+    if not usable.all():
+        where = np.unravel_index(np.argmin(usable), usable.shape)
+        letters = "Nkv, D" if numbers.ndim == 2 else "L, Nkv, D"
+        raise ValueError(
+            f"`{name}` must be {expected}, got {numbers[where]} at [{letters}] = "
+            f"{[int(i) for i in where]}, and {np.count_nonzero(~usable)} such numbers in all."
+        )

@@ -10,11 +10,20 @@ from jax.typing import ArrayLike
 
 from jax_kvcache.caches.base import CacheBase
 from jax_kvcache.caches.checks import check_caches, check_positions, empty_fields
+from jax_kvcache.caches.saturation import Saturation, shares_at_ends
+from jax_kvcache.export import register_dataclass_serialization
 from jax_kvcache.ops.checks import check_int32
 from jax_kvcache.ops.indexing import take_one
-from jax_kvcache.ops.slots import INT32_MAX, block_table_slots, is_row
+from jax_kvcache.ops.slots import (
+    INT32_MAX,
+    block_table_slots,
+    is_row,
+    rows_below,
+    rows_of_blocks,
+)
 
 
+@register_dataclass_serialization
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class PagedKVCache(CacheBase):
@@ -30,6 +39,8 @@ class PagedKVCache(CacheBase):
       offset_k: as scale_k, in steps of the code, or None.
       offset_v: as offset_k.
       layers: L, or None.
+      num_q_heads: Nq of all devices together, which `update` compares with the columns of x, or
+        None.
     """
 
     @classmethod
@@ -45,6 +56,7 @@ class PagedKVCache(CacheBase):
         scale_v: ArrayLike,
         offset_k: ArrayLike | None = None,
         offset_v: ArrayLike | None = None,
+        num_q_heads: int | None = None,
     ) -> Self:
         """Makes an empty cache (all codes 0).
 
@@ -59,6 +71,7 @@ class PagedKVCache(CacheBase):
           scale_v: as scale_k.
           offset_k: as scale_k; given together with offset_v or not at all.
           offset_v: as offset_k.
+          num_q_heads: Nq, which makes a wrong number of columns in x an error of `update`.
 
         Returns:
           The cache.
@@ -66,11 +79,35 @@ class PagedKVCache(CacheBase):
         Raises:
           TypeError: a size is not an int, or a scale or offset is not floating-point.
           ValueError: a size is below 1, `head_dim` is odd, a shape is not as above, a lone offset,
-            or more rows than int32 counts.
+            more rows than int32 counts, or a scale whose value is known and is not a normal number
+            above 0, or such an offset that is not finite.
         """
         sizes = {"num_blocks": num_blocks, "block_size": block_size}
         scales = (scale_k, scale_v, offset_k, offset_v)
-        return cls(**empty_fields(sizes, num_kv_heads, head_dim, layers, *scales))
+        return cls(**empty_fields(sizes, num_kv_heads, head_dim, layers, num_q_heads, *scales))
+
+    def saturation(self, lengths: ArrayLike, *, block_table: ArrayLike) -> Saturation:
+        """The share of the codes in use that lie at either end; see `KVCache.saturation`.
+
+        A row that several sequences share counts once.
+
+        Args:
+          lengths: [B] int32, the rows of each sequence that are in use.
+          block_table: [B, M] int32, see `slots_from_block_table`.
+
+        Returns:
+          The shares of K and of V, each a float32 scalar, or [L] with layers.
+
+        Raises:
+          TypeError: an argument is not int32 or has another rank.
+          ValueError: the batch sizes differ.
+        """
+        check_caches(self)
+        lengths = check_int32("lengths", lengths, "B")
+        table = check_int32("block_table", block_table, "B, M", (lengths.shape[0], None))
+        blocks, block_size = self.k_cache.shape[-4:-2]
+        in_use = rows_below(rows_of_blocks(table, lengths, blocks, block_size), block_size)
+        return shares_at_ends(self.k_cache, self.v_cache, in_use)
 
     def copy_blocks(self, sources: ArrayLike, destinations: ArrayLike) -> Self:
         """Copies whole blocks of codes, in every layer, one pair after the other.
@@ -119,7 +156,8 @@ class PagedKVCache(CacheBase):
         if block_table is None:
             raise TypeError("`block_table` is required for a PagedKVCache, got None.")
         positions = check_positions(positions, "B, S", x)
-        return slots_from_block_table(block_table, positions, self.k_cache.shape[-3]), "page"
+        block_size = self.k_cache.shape[-3]
+        return _slots(block_table, positions, block_size, keep_past=True), "page"
 
 
 def slots_from_block_table(
@@ -142,6 +180,13 @@ def slots_from_block_table(
       TypeError: a rank or a dtype is not as above.
       ValueError: the batch sizes differ, or `block_size` is not above 0.
     """
+    return _slots(block_table, positions, block_size)
+
+
+def _slots(
+    block_table: ArrayLike, positions: ArrayLike, block_size: int, *, keep_past: bool = False
+) -> jax.Array:
+    """What `slots_from_block_table` gives, with INT32_MAX for lost tokens if `keep_past`."""
     positions = check_int32("positions", positions, "B, S")
     block_table = check_int32("block_table", block_table, "B, M", (positions.shape[0], None))
     if isinstance(block_size, bool) or not isinstance(block_size, int | np.integer):
@@ -149,4 +194,4 @@ def slots_from_block_table(
     block_size = int(block_size)
     if not 1 <= block_size <= INT32_MAX:
         raise ValueError(f"`block_size` must be in [1, {INT32_MAX}], got {block_size}.")
-    return block_table_slots(block_table, positions, block_size)
+    return block_table_slots(block_table, positions, block_size, keep_past=keep_past)

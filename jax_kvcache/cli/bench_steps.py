@@ -3,6 +3,7 @@
 import ctypes
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -93,7 +94,7 @@ def layered(caches, inputs, *, cache_mode, implementation):
     del cache_mode  # "contiguous"
     layers = caches[0].shape[0]
     names = ("scale_k", "scale_v", "offset_k", "offset_v")
-    parameters = {name: jnp.stack([inputs[name]] * layers) for name in names}
+    parameters: Any = {name: jnp.stack([inputs[name]] * layers) for name in names}
     cache = KVCache(k_cache=caches[0], v_cache=caches[1], **parameters, layers=layers)
     arguments = {name: value for name, value in inputs.items() if name not in names}
     positions = arguments.pop("indices")

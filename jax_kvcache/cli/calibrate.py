@@ -1,4 +1,4 @@
-"""`python -m jax_kvcache calibrate FILE...`: scales for the demo model's cache from any text."""
+"""`python -m jax_kvcache calibrate FILE...`: scales for a model's cache from any text."""
 
 import argparse
 
@@ -7,11 +7,16 @@ import numpy as np
 from tqdm import tqdm
 
 from jax_kvcache import numerics
-from jax_kvcache.cli import CommandError, read_file
+from jax_kvcache.cli import (
+    CommandError,
+    add_model_arguments,
+    add_window_argument,
+    model_from,
+    read_file,
+    windows_of,
+)
 from jax_kvcache.cli.output import figure_file, output_file
 from jax_kvcache.model import calibrate as observed
-from jax_kvcache.model import load_model
-from jax_kvcache.model.evaluate import cut_windows
 
 _COLORS = {"k": "#0072B2", "v": "#D55E00"}  # Okabe-Ito: blue, vermilion
 
@@ -20,8 +25,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Adds the command."""
     parser = subparsers.add_parser(
         "calibrate",
-        help="scales for the demo model's cache, from any text",
-        description="Reads the files in windows of 256 bytes, observes K (after RoPE) and V of "
+        help="scales for a model's cache, from any text",
+        description="Reads the files in windows of 256 tokens, observes K (after RoPE) and V of "
         "every channel, writes scales that `demo` and `eval` take with --scales, and prints what "
         "they cost on the same text.",
     )
@@ -40,6 +45,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         type=float,
         help="percent of the values that fit, for --method percentile (default: 99.99)",
     )
+    add_window_argument(parser)
+    add_model_arguments(parser)
     parser.add_argument("--plot", metavar="FILE", help="write a figure of the channels")
     parser.set_defaults(run=run)
 
@@ -72,10 +79,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _calibrate(arguments, texts):
     """The ranges seen, the calibrations and their `ErrorObserver`s, each of "k" and "v"."""
-    model = load_model()
-    windows = cut_windows(texts, model.config.context)
-    if not windows.targets.any():
-        raise CommandError("the text must have at least 2 bytes, got fewer.")
+    model, tokenizer = model_from(arguments)
+    windows = windows_of(arguments, model, tokenizer, texts)
     channels = observed.channels(model)
 
     def batches(description):

@@ -1,4 +1,4 @@
-"""The demo model under observation, and with its K and V kept in other formats."""
+"""A model under observation, and with its K and V kept in other formats."""
 
 import functools
 from typing import NamedTuple
@@ -24,8 +24,8 @@ def keys_and_values(model, tokens, targets=None) -> dict[str, jax.Array]:
     """K (after RoPE) and V of windows, as the operator quantises them: never rounded to bfloat16.
 
     Args:
-      model: see `load_model`.
-      tokens: [B, S] int32 bytes.
+      model: see `jax_kvcache.checkpoints.load`.
+      tokens: [B, S] int32.
       targets: [B] int32, a window's length less 1: what follows is padding and becomes NaN, which
         observers leave out. None for windows that are full.
 
@@ -55,8 +55,14 @@ def measure_windows(model, errors, calibrations, tokens, targets):
 
 
 def own_calibrations(model) -> dict[str, Calibration]:
-    """The scales that the model carries."""
+    """The scales that the model carries.
+
+    Raises:
+      ValueError: it has none.
+    """
     params = model.cache_params
+    if params is None:
+        raise ValueError("`model` must have `cache_params`, got None: calibrate it first.")
     return {n: Calibration(params[f"scale_{n}"], params.get(f"offset_{n}")) for n in "kv"}
 
 
@@ -64,9 +70,9 @@ class Prediction(NamedTuple):
     """What a model predicted in windows of S bytes.
 
     Attributes:
-      nll: [B] mean negative log-likelihood of each window, nats per byte.
-      divergence: [B] mean divergence from the baseline's predictions, nats per byte.
-      agreement: [B] share of the bytes where the greedy choice is the baseline's.
+      nll: [B] mean negative log-likelihood of each window, nats per token.
+      divergence: [B] mean divergence from the baseline's predictions, nats per token.
+      agreement: [B] share of the tokens where the greedy choice is the baseline's.
       logits: [B, S, vocab] float32.
     """
 
@@ -81,8 +87,8 @@ def predict(model, tokens, baseline=None, calibrations=None, format=None) -> Pre
     """Reads windows with K and V as a cache of some format gives them back.
 
     Args:
-      model: see `load_model`.
-      tokens: [B, S] int32 bytes, full windows.
+      model: see `jax_kvcache.checkpoints.load`.
+      tokens: [B, S] int32, full windows.
       baseline: [B, S, vocab] logits to compare with; None for these ones.
       calibrations: {"k", "v"}: `Calibration` of [L, Nkv, D].
       format: a name in `FORMATS`; None for a float cache.

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from jax import lax
 
+from jax_kvcache.export import register_namedtuple_serialization
 from jax_kvcache.numerics.observers import MinMax, Sketch, check_channels
 from jax_kvcache.ops.checks import check_choice, check_shape
 from jax_kvcache.ops.dequant_rope_quant_kvcache.reference import quantize_int8
@@ -23,6 +24,7 @@ _SMALLEST_STEP = 2.0**-15
 _POINTS_PER_BUCKET = 4
 
 
+@register_namedtuple_serialization
 class Calibration(NamedTuple):
     """Parameters of the operator for one cache: z = value / scale + offset, code = rint(z).
 
@@ -35,6 +37,7 @@ class Calibration(NamedTuple):
     offset: jax.Array | None
 
 
+@register_namedtuple_serialization
 class FakeQuantized(NamedTuple):
     """What `fake_quantize` returns.
 

@@ -9,6 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from jax_kvcache.export import (
+    register_dataclass_serialization,
+    register_namedtuple_serialization,
+)
 from jax_kvcache.numerics.calibration import fake_quantize
 from jax_kvcache.numerics.observers import check_same_channels, tokens_first
 from jax_kvcache.ops.checks import check_shape
@@ -42,6 +46,7 @@ def sqnr(
     return decibels(jnp.sum(values * values, axis), jnp.sum(noise * noise, axis))
 
 
+@register_namedtuple_serialization
 class ErrorReport(NamedTuple):
     """Errors per channel [*channels], or in total [].
 
@@ -58,6 +63,7 @@ class ErrorReport(NamedTuple):
     code_usage: jax.Array
 
 
+@register_dataclass_serialization
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["signal", "noise", "max_error", "saturated", "histogram"],
@@ -149,6 +155,7 @@ class ErrorObserver:
         )
 
 
+@register_namedtuple_serialization
 class AttentionError(NamedTuple):
     """Errors of attention over approximate k and v.
 
@@ -236,6 +243,7 @@ def divergence(logits: jax.Array, baseline: jax.Array) -> jax.Array:
     return jnp.sum(jnp.exp(log_p) * (log_p - log_q), -1)
 
 
+@register_namedtuple_serialization
 class PairedDifference(NamedTuple):
     """Mean of value - baseline over pairs, and its standard error."""
 

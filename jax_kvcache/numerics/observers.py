@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
+from jax_kvcache.export import register_dataclass_serialization
+
 Observers = TypeVar("Observers")  # an observer, or a pytree of them
 
 _MANTISSA_BITS, _EXPONENT_BIAS = 23, 127  # of float32
@@ -43,6 +45,7 @@ def check_same_channels(channels: Sequence[int], others: Sequence[int]) -> None:
         raise ValueError(f"`other` must have the channels {list(channels)}, got {list(others)}.")
 
 
+@register_dataclass_serialization
 @partial(jax.tree_util.register_dataclass, data_fields=["low", "high"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class MinMax:
@@ -80,6 +83,7 @@ class MinMax:
         return jnp.maximum(-self.low, self.high)
 
 
+@register_dataclass_serialization
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["range", "counts"],

@@ -19,7 +19,11 @@ from jax.interpreters import batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_kvcache import backends, mesh
-from jax_kvcache._compat import requires_devices_during_lowering
+from jax_kvcache._compat import (
+    requires_devices_during_lowering,
+    shaped_array,
+    varying_axes,
+)
 from jax_kvcache.ops.implementation import Options, choose
 from jax_kvcache.ops.operands import (
     aliases,
@@ -57,8 +61,7 @@ class Operator:
     def bind(self, primitive: Primitive, operands: Any, options: Options) -> list[jax.Array]:
         """Binds the primitive, with operands that vary over mesh axes as the results need it."""
         varying = {
-            name: jax.typeof(operand).manual_axis_type.varying
-            for name, operand in operands._asdict().items()
+            name: varying_axes(jax.typeof(operand)) for name, operand in operands._asdict().items()
         }
         more = varying_alike(operands, self.results, varying)
         operands = [
@@ -101,10 +104,10 @@ def _result_types(operator: Operator, avals: Sequence[Any], options: Options) ->
     layout = operator.sharding.layout(on, ops, None, options)
     specs = operator.sharding.result_specs(layout, shapes)
     # `Operator.bind` has made the operands that a result reads vary alike.
-    most = max((a.manual_axis_type for a in avals), key=lambda t: len(t.varying))
-    vary = [getattr(ops, row.reads[0]).manual_axis_type if row.reads else most for row in rows]
+    most = max(avals, key=lambda aval: len(varying_axes(aval)))
+    vary = [getattr(ops, row.reads[0]) if row.reads else most for row in rows]
     return [
-        core.ShapedArray(s, d, sharding=NamedSharding(on, spec), manual_axis_type=v)
+        shaped_array(s, d, NamedSharding(on, spec), varying_as=v)
         for s, d, spec, v in zip(shapes, dtypes, specs, vary, strict=True)
     ]
 
@@ -150,6 +153,13 @@ def _batch(operator: Operator, primitive: Primitive) -> None:
 # Lowering
 
 
+def _result_like(result: Any, extra: jax.ShapeDtypeStruct) -> Any:
+    """The type of a further result that is on the devices of `result`, in their own memory."""
+    spec = PartitionSpec(*[None] * len(extra.shape))
+    sharding = result.sharding.update(spec=spec)
+    return result.update(shape=extra.shape, dtype=jnp.dtype(extra.dtype), sharding=sharding)
+
+
 def _native_call(
     operator: Operator, operands: Any, types: Sequence[Any], options, platform
 ) -> list:
@@ -161,7 +171,9 @@ def _native_call(
     """
     backend = backends.find(platform)
     assert backend is not None, "chosen above"
-    operands = backend.targets[operator.name].prepare(flattened(operands))
+    target = backend.targets[operator.name]
+    scratch = [_result_like(types[0], extra) for extra in target.scratch(operands)]
+    operands = target.prepare(flattened(operands))
     rows = list(table(operator.results).values())
 
     def declared(row, aval):
@@ -172,10 +184,10 @@ def _native_call(
 
     call = jax.ffi.ffi_call(
         operator.name,
-        [declared(row, aval) for row, aval in zip(rows, types, strict=True)],
+        [*(declared(row, aval) for row, aval in zip(rows, types, strict=True)), *scratch],
         input_output_aliases=aliases(operator.operands, operator.results),
     )
-    results = call(*operands, **options.attributes())
+    results = call(*operands, **options.attributes())[: len(rows)]
     return [
         result.reshape(aval.shape) if row.flat else result
         for row, result, aval in zip(rows, results, types, strict=True)

@@ -15,6 +15,7 @@ import numpy as np
 from jax import lax
 
 INT32_MAX = 2**31 - 1
+_LARGEST_CONSTANT = 4096  # elements that are written into a program; a decoding step has fewer
 
 Axes = tuple[str, ...]
 
@@ -37,7 +38,12 @@ def is_row(slots: jax.Array, rows: Any) -> jax.Array:
     )
 
 
-def rebase(slots: jax.Array, block: Any, rows: Any) -> jax.Array:
+def _past_or_negative(slots: jax.Array) -> jax.Array:
+    """INT32_MAX, which is past the end of any slot space, for what is not negative, and else -1."""
+    return slots | jnp.int32(INT32_MAX)
+
+
+def rebase(slots: jax.Array, block: Any, rows: Any, *, keep_past: bool = False) -> jax.Array:
     """Slots of one block as slots of the space that is made of such blocks, one after the other.
 
     Args:
@@ -45,6 +51,8 @@ def rebase(slots: jax.Array, block: Any, rows: Any) -> jax.Array:
       block: the block's number: an int, a NumPy array or an int32 array that broadcasts against
         `slots`. No slot of a negative block, or of one whose rows int32 cannot count, names a row.
       rows: rows per block.
+      keep_past: whether a slot that is no row of its block, and not negative, becomes INT32_MAX and
+        not -1, so that a check can tell it from padding.
 
     Returns:
       int32 `block * rows + slot`, or -1 where that is no row of the block.
@@ -59,42 +67,54 @@ def rebase(slots: jax.Array, block: Any, rows: Any) -> jax.Array:
         base = jnp.asarray(np.where(known, block, 0) * rows, jnp.int32)
         if not known.all():
             inside = inside & known
-    return jnp.where(inside, base + slots, jnp.full_like(slots, -1))
+    nowhere = _past_or_negative(slots) if keep_past else jnp.full_like(slots, -1)
+    return jnp.where(inside, base + slots, nowhere)
 
 
-def contiguous_rows(indices: jax.Array, S: int, C2: Any) -> jax.Array:
-    """Row of each token within its own batch's cache, -1 where it does not fit.
+def contiguous_rows(indices: jax.Array, S: int) -> jax.Array:
+    """Row of each token within its own batch's cache, however many rows that has.
 
     Args:
       indices: [B] int32 start rows.
       S: tokens per batch.
-      C2: rows per batch.
 
     Returns:
-      [B, S] int32: indices[b] + s, or -1 when the start is negative or the row is C2 or more.
+      [B, S] int32: indices[b] + s, at most INT32_MAX, or -1 when the start is negative.
     """
-    step = jnp.arange(S, dtype=jnp.int32)[None, :]
-    start = indices[:, None]
-    # Compared without adding, since start + step may wrap around.
-    valid = (start >= 0) & (start <= _int32(C2 - 1) - step)
-    return jnp.where(valid, start + step, jnp.full_like(step, -1))
-
-
-def batch_slots(indices: jax.Array, S: int, C2: Any) -> jax.Array:
-    """[B, S] slots of contiguous mode, each batch's over its own C2 rows."""
-    if S == 1:  # nothing to add, and a slot outside the rows is skipped in any case
+    if S == 1:  # nothing to add
         return indices.reshape(-1, 1)
-    return contiguous_rows(indices.reshape(-1), S, C2)
+    step = jnp.arange(S, dtype=jnp.int32)[None, :]
+    start = indices.reshape(-1, 1)
+    # Compared without adding, since start + step may wrap around.
+    row = jnp.minimum(start, INT32_MAX - step) + step
+    return jnp.where(start >= 0, row, jnp.full_like(step, -1))
 
 
-def flat_batch_slots(indices: jax.Array, B: Any, S: int, C2: Any) -> jax.Array:
+def batch_slots(indices: jax.Array, S: int, C2: Any, axes: Axes = ()) -> jax.Array:
+    """[B, S] slots of contiguous mode, each batch's over its own C2 rows.
+
+    With `axes`, inside a shard's body, C2 is this device's share of the rows. A row past the end
+    stays past the end, so that a check can tell it from padding.
+    """
+    rows = contiguous_rows(indices, S)
+    if not axes:
+        return rows
+    return shard_slots(rows, (C2,), (axes,), (lax.axis_size(axes),), keep_past=True)
+
+
+def flat_batch_slots(indices: jax.Array, B: Any, S: int, C2: Any, axes: Axes = ()) -> jax.Array:
     """[B * S] slots of contiguous mode over the rows of all batches."""
-    rows = contiguous_rows(indices.reshape(-1), S, C2)
-    return rebase(rows, _count(B)[:, None], C2).reshape(-1)
+    rows = batch_slots(indices, S, C2, axes)
+    return rebase(rows, _count(B)[:, None], C2, keep_past=True).reshape(-1)
 
 
-def block_table_slots(block_table: jax.Array, positions: jax.Array, block_size: int) -> jax.Array:
-    """[B, S] slots of the rows that hold `positions`; see the public `slots_from_block_table`."""
+def block_table_slots(
+    block_table: jax.Array, positions: jax.Array, block_size: int, *, keep_past: bool = False
+) -> jax.Array:
+    """[B, S] slots of the rows that hold `positions`; see the public `slots_from_block_table`.
+
+    With `keep_past` a position that has no row, and is not negative, gives INT32_MAX.
+    """
     entries = block_table.shape[1]
     entry = positions // block_size
     known = (positions >= 0) & (entry < entries)
@@ -103,16 +123,49 @@ def block_table_slots(block_table: jax.Array, positions: jax.Array, block_size: 
         blocks = jnp.take_along_axis(block_table, jnp.clip(entry, 0, last), axis=1)
     else:
         blocks = jnp.full_like(positions, -1)
-    row = jnp.where(known, positions % block_size, -1)
-    return rebase(row, blocks, block_size)
+    row = jnp.where(known, positions % block_size, _past_or_negative(positions))
+    return rebase(row, blocks, block_size, keep_past=keep_past)
+
+
+def rows_below(lengths: jax.Array, rows: Any) -> jax.Array:
+    """[B, rows] bool: which rows of each sequence or block are its first `lengths` [B] ones."""
+    return jnp.arange(rows, dtype=jnp.int32)[None, :] < lengths[:, None]
+
+
+def rows_of_blocks(
+    block_table: jax.Array, lengths: jax.Array, blocks: Any, block_size: int
+) -> jax.Array:
+    """[blocks] int32: how many rows of each block the sequences with these lengths have in use."""
+    first = jnp.arange(block_table.shape[1], dtype=jnp.int32)[None, :] * block_size
+    rows = jnp.clip(lengths[:, None] - first, 0, block_size)
+    there = is_row(block_table, blocks)
+    number = jnp.where(there, block_table, _int32(blocks))  # past the end, and dropped
+    return jnp.zeros((blocks,), jnp.int32).at[number].max(rows, mode="drop")
 
 
 def group_slots(slots: jax.Array, rows: Any) -> jax.Array:
-    """[*g, T] slots of each group's `rows` rows as slots over the rows of all groups."""
+    """[*g, T] slots of each group's `rows` rows as slots over the rows of all groups, or -1.
+
+    A device without fusion launches a kernel for every operation, so there are as few as can be:
+    a conversion, an unsigned comparison, a selection, and an addition where there are groups.
+    """
     groups = slots.shape[:-1]
-    if not groups:
-        return jnp.where(is_row(slots, rows), slots, jnp.full_like(slots, -1))
-    return rebase(slots, _count(math.prod(groups)).reshape(*groups, 1), rows)
+    number = math.prod(groups)
+    if not all(isinstance(size, int) for size in (*slots.shape, rows)):
+        return rebase(slots, _count(number).reshape(*groups, 1), rows)
+    block = np.arange(number, dtype=np.int64).reshape(*groups, 1)
+    fits = block < INT32_MAX // max(rows, 1)  # the rows of other blocks are more than int32 counts
+    bound = _constant(np.where(fits, rows, 0), slots.shape, np.uint32)
+    base = _constant(np.where(fits, block * rows, 0), slots.shape, np.int32)
+    inside = lax.lt(lax.convert_element_type(slots, jnp.uint32), bound)
+    moved = slots if number == 1 else lax.add(slots, base)
+    return lax.select(inside, moved, _constant(np.asarray(-1), slots.shape, np.int32))
+
+
+def _constant(value: np.ndarray, shape: Sequence[int], dtype: Any) -> np.ndarray:
+    """A constant of a shape. JAX writes a view out as a broadcast, which is an operation."""
+    view = np.broadcast_to(value.astype(dtype), shape)
+    return view.copy() if view.size <= _LARGEST_CONSTANT else view
 
 
 def unravel(slots: jax.Array, row_dims: Sequence[Any]) -> list[jax.Array]:
@@ -151,7 +204,12 @@ def shard_positions(positions: jax.Array, rows: Any, axes: Axes) -> jax.Array:
 
 
 def shard_slots(
-    slots: jax.Array, row_dims: Sequence[Any], axes: Sequence[Axes], shards: Sequence[int]
+    slots: jax.Array,
+    row_dims: Sequence[Any],
+    axes: Sequence[Axes],
+    shards: Sequence[int],
+    *,
+    keep_past: bool = False,
 ) -> jax.Array:
     """Slots of the whole cache as slots of this device's shard, -1 for those of other shards.
 
@@ -160,6 +218,7 @@ def shard_slots(
       row_dims: the shard's row dimensions.
       axes: the mesh axes of each row dimension.
       shards: the number of shards of each row dimension.
+      keep_past: whether a slot past the end of the whole cache becomes INT32_MAX.
 
     Returns:
       int32 slots over `row_dims`, or -1.
@@ -176,4 +235,8 @@ def shard_slots(
             coordinate = coordinate - lax.axis_index(axes[i]) * size
         own = own & (coordinate >= 0) & (coordinate < size)
         local, stride = local + coordinate * stride, stride * size
-    return jnp.where(own, local, jnp.full_like(local, -1))
+    nowhere = jnp.full_like(local, -1)
+    if keep_past:
+        total = _int32(math.prod(row_dims) * math.prod(shards))
+        nowhere = jnp.where(slots >= total, jnp.full_like(local, INT32_MAX), nowhere)
+    return jnp.where(own, local, nowhere)

@@ -1,19 +1,20 @@
 """The stand-in Ascend device: develop and test the Ascend path on a Linux x86-64 machine.
 
-It is XLA's CPU plugin behind the face of an Ascend plugin, with stand-ins of CANN's libraries that
-check each call and compute it. It shows that calls, descriptors, lifetimes and order are right, and
-the bits of the published kernel's arithmetic. It shows nothing about an NPU: ffi/ASCEND.md lists
-what only hardware can show.
+It is XLA's CPU plugin behind the face of the public Ascend plugin, with stand-ins of CANN's
+libraries that check each call and compute it. It refuses at least what the public plugin's runtime
+and CANN refuse. It shows that calls, descriptors, lifetimes and order are right, and the bits of
+the published kernel's arithmetic. It shows nothing about an NPU: ffi/ASCEND.md lists what only
+hardware can show.
 """
 
+import contextlib
 import ctypes
 import importlib.metadata
 import importlib.util
 import json
 import os
 import pkgutil
-from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 
@@ -41,7 +42,7 @@ class Standin:
     def __init__(self, toolkit):
         """Loads the device's own library from its toolkit."""
         self.toolkit = toolkit
-        self._lib = ctypes.CDLL(str(toolkit / "lib64" / "libascendbuild.so"))
+        self._lib = ctypes.CDLL(str(toolkit / build.DEVICE))
         self._lib.standin_load.restype = ctypes.c_char_p
         self._lib.standin_register.restype = ctypes.c_char_p
         self._lib.standin_register.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
@@ -54,19 +55,40 @@ class Standin:
         """The PJRT plugin."""
         return self._lib._name
 
-    def load_cann(self) -> None:
-        """Loads the stand-in CANN, as a real plugin loads CANN: the loader then knows its names."""
+    def load_cann(self, release: str) -> None:
+        """Loads a stand-in CANN, as a real plugin loads CANN: the loader then knows its names."""
+        folder = self.toolkit / release
         for name in ("libnnopbase.so", "libascendcl.so", "libopapi.so"):
-            ctypes.CDLL(str(self.toolkit / "lib64" / name))
-        os.environ["ASCEND_HOME_PATH"] = str(self.toolkit)
+            if f"lib64/{name}" in build.RELEASES[release]:
+                ctypes.CDLL(str(folder / "lib64" / name))
+        os.environ["ASCEND_HOME_PATH"] = str(folder)
+        if (folder / "opp").exists():
+            os.environ["ASCEND_OPP_PATH"] = str(folder / "opp")
 
-    def load_plugin(self, platform_name: str, with_ffi_extension: bool) -> None:
+    def load_plugin(self, machine: "Machine") -> None:
         """Loads XLA's CPU plugin behind the stand-in."""
         error = self._lib.standin_load(
-            str(build.cpu_plugin()).encode(), platform_name.encode(), int(with_ffi_extension)
+            str(build.cpu_plugin()).encode(),
+            machine.platform_name.encode(),
+            int(machine.pjrt_extension),
+            int(machine.ffi == "newest"),
         )
         if error is not None:
             raise RuntimeError(f"The stand-in cannot use xla-cpu-pjrt: {error.decode()}.")
+
+    def hook_jax(self, hook: str) -> None:
+        """Registers a hook of `jax.ffi`, as a plugin's start-up does.
+
+        The public plugin's takes one argument, where JAX gives five. JAX calls it with the targets
+        in its queue, but has recorded it by then and leaves them there, and the start-up ignores
+        the exception.
+        """
+        if hook == "none":
+            return
+        taking = {"works": self.register_target, "one_argument": lambda target: None}[hook]
+        for name in ("ascend", "ASCEND"):
+            with contextlib.suppress(TypeError):
+                _compat.register_custom_call_handler(name, taking)
 
     def register_target(self, name, fn, platform, api_version=1, traits=0) -> None:
         """Registers an FFI target, as `jax.ffi.register_ffi_target` asks of a plugin's hook."""
@@ -117,7 +139,31 @@ class Standin:
         self._lib.standin_inject(function.encode(), skip, status)
 
 
-_enabled: tuple[Standin, tuple] | None = None
+class Machine(NamedTuple):
+    """What a stand-in stands for: the arguments of `enable_ascend_standin`."""
+
+    devices: int
+    platform_name: str
+    jax_hook: str
+    pjrt_extension: bool
+    ffi: str
+    cann: str | None
+
+    def check(self) -> None:
+        """Raises ValueError for what there is no stand-in of."""
+        if self.devices < 1:
+            raise ValueError(f"`devices` must be 1 or more, got {self.devices}.")
+        for name, known in (
+            ("platform_name", ("ASCEND", "ascend")),
+            ("jax_hook", ("one_argument", "works", "none")),
+            ("ffi", ("0.2", "newest")),
+            ("cann", (*build.RELEASES, None)),
+        ):
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"`{name}` must be one of {known}, got {value!r}.")
+
+
+_enabled: tuple[Standin, Machine] | None = None
 
 
 def _chosen_platforms() -> str | None:
@@ -146,20 +192,29 @@ def _check_free() -> None:
 def enable_ascend_standin(
     *,
     devices: int = 1,
-    platform_name: str = "ascend",
-    routes: Iterable[str] = ("jax", "pjrt"),
-    cann: bool = True,
+    platform_name: Literal["ASCEND", "ascend"] = "ASCEND",
+    jax_hook: Literal["one_argument", "works", "none"] = "one_argument",
+    pjrt_extension: bool = True,
+    ffi: Literal["0.2", "newest"] = "0.2",
+    cann: Literal["8.0", "8.5", "vendor", "early"] | None = "8.0",
 ) -> Standin:
     """Makes a stand-in Ascend device JAX's default backend in this process.
 
     Compiles the stand-in on first use (with g++, about 20 s). Sets this process's ASCEND_HOME_PATH
-    and forgets its other paths of CANN.
+    and forgets its other paths of CANN. The defaults are what the public plugin does.
 
     Args:
       devices: how many devices it has.
-      platform_name: what its client calls itself: "ascend", or "ASCEND" as the public plugin does.
-      routes: how it takes FFI targets: "jax" (a hook of `jax.ffi`), "pjrt" (its FFI extension).
-      cann: whether the machine has CANN too; without it the operator cannot run.
+      platform_name: what its client calls itself.
+      jax_hook: how its hook of `jax.ffi` takes FFI targets: not at all, because it has one
+        parameter too few for JAX's call, "works", or there is no hook.
+      pjrt_extension: whether it takes them through its PJRT FFI extension, which reports success
+        also for a handler that the runtime refuses.
+      ffi: the version of the runtime's FFI: 0.2, which refuses handlers that report a newer one, or
+        that of the installed jaxlib.
+      cann: the release of CANN whose files are there: "early" has no functions that destroy an
+        executor, "8.5" has the operator in a library of its own, "vendor" in the package of a
+        vendor. Without CANN (None) the operator cannot run.
 
     Returns:
       The device's memory and controls. A second call with the same arguments returns the first's.
@@ -167,19 +222,13 @@ def enable_ascend_standin(
     Raises:
       RuntimeError: JAX has started, a real Ascend plugin is installed, JAX_PLATFORMS leaves it out,
         it was enabled with other arguments, or it cannot be built.
-      ValueError: an unknown name or route, or fewer than one device.
+      ValueError: an unknown name, or fewer than one device.
     """
     global _enabled
-    routes = tuple(sorted(routes))
-    if platform_name not in ("ascend", "ASCEND"):
-        raise ValueError(f"`platform_name` must be 'ascend' or 'ASCEND', got {platform_name!r}.")
-    if not set(routes) <= {"jax", "pjrt"}:
-        raise ValueError(f"`routes` must be among 'jax' and 'pjrt', got {routes}.")
-    if devices < 1:
-        raise ValueError(f"`devices` must be 1 or more, got {devices}.")
-    arguments = (devices, platform_name, routes, cann)
+    machine = Machine(devices, platform_name, jax_hook, pjrt_extension, ffi, cann)
+    machine.check()
     if _enabled is not None:
-        if _enabled[1] != arguments:
+        if _enabled[1] != machine:
             raise RuntimeError(
                 f"The stand-in is enabled with other arguments in this process: {_enabled[1]}."
             )
@@ -187,14 +236,17 @@ def enable_ascend_standin(
     _check_free()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # the plugin below is talkative
     standin = Standin(build.build())
-    standin.load_plugin(platform_name, "pjrt" in routes)
-    for variable in ("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME", "ASCEND_CUSTOM_OPP_PATH"):
+    standin.load_plugin(machine)
+    for variable in (
+        "ASCEND_HOME_PATH",
+        "ASCEND_TOOLKIT_HOME",
+        "ASCEND_OPP_PATH",
+        "ASCEND_CUSTOM_OPP_PATH",
+    ):
         os.environ.pop(variable, None)
-    if cann:
-        standin.load_cann()
+    if cann is not None:
+        standin.load_cann(cann)
     _compat.register_plugin("ascend", standin.library_path, {"cpu_device_count": devices})
-    if "jax" in routes:
-        for name in ("ascend", "ASCEND"):
-            _compat.register_custom_call_handler(name, standin.register_target)
-    _enabled = (standin, arguments)
+    standin.hook_jax(jax_hook)
+    _enabled = (standin, machine)
     return standin

@@ -18,9 +18,9 @@ LIBRARY = library.path()
 CXX = os.environ.get("CXX") or shutil.which("g++") or "g++"
 
 OPERATOR = ("aclnnDequantRopeQuantKvcacheGetWorkspaceSize", "aclnnDequantRopeQuantKvcache")
+EXECUTOR = ("aclSetAclOpExecutorRepeatable", "aclDestroyAclOpExecutor")
 BASE = (
-    "aclCreateTensor", "aclDestroyTensor", "aclCreateIntArray", "aclDestroyIntArray",
-    "aclSetAclOpExecutorRepeatable", "aclDestroyAclOpExecutor",
+    "aclCreateTensor", "aclDestroyTensor", "aclCreateIntArray", "aclDestroyIntArray", *EXECUTOR,
 )  # fmt: skip
 
 
@@ -49,7 +49,7 @@ def check_headers(include):
         "-fsyntax-only",
         f"-I{FFI}",
         f"-I{include}",
-        FFI / "cann_check.cc",
+        FFI / "ascend" / "cann_check.cc",
     ]
     return subprocess.run(command, capture_output=True, text=True)
 
@@ -82,6 +82,9 @@ def mutations():
         ("typedef int32_t aclnnStatus", "typedef int64_t aclnnStatus"),
     ]:  # fmt: skip
         yield old, meta, old, new
+    errno = Path("aclnn/opdev/op_errno.h")
+    for match in re.finditer(r"#define (ACLNN_\w+ )(\d+)\n", (HEADERS / errno).read_text()):
+        yield match[1], errno, match[0], f"#define {match[1]}9\n"
 
 
 def test_every_change_of_a_declaration_is_seen(tmp_path):
@@ -115,17 +118,17 @@ def make_library(path, functions):
 def toolkits(tmp_path_factory):
     """Toolkits by name: what each has, and what it lacks."""
     root = tmp_path_factory.mktemp("toolkits")
-    for name in ("old", "split", "without_base", "without_runtime", "custom"):
+    for name in ("custom", "vendors/first", "vendors/second"):
+        make_library(root / name / "op_api/lib/libcust_opapi.so", OPERATOR)
+    for name in ("old", "split", "without_base", "without_runtime", "early"):
         lib = root / name / "lib64"
-        if name == "custom":
-            make_library(root / name / "op_api/lib/libcust_opapi.so", OPERATOR)
-            continue
         make_library(lib / "libopapi.so", OPERATOR if name != "split" else ())
         if name == "split":
             make_library(lib / "libopapi_math.so", ())
             make_library(lib / "libopapi_transformer.so", OPERATOR)
         if name != "without_base":
-            make_library(lib / "libnnopbase.so", BASE)
+            early = [function for function in BASE if function not in EXECUTOR]
+            make_library(lib / "libnnopbase.so", early if name == "early" else BASE)
         if name != "without_runtime":
             make_library(lib / "libascendcl.so", ("aclGetRecentErrMsg",))
     return root
@@ -184,16 +187,58 @@ def test_custom_operators_come_first(toolkits):
     assert text.split(", ")[0] == str(toolkits / "custom/op_api/lib/libcust_opapi.so")
 
 
-def test_nothing_found_names_every_place(toolkits):
-    bound, text = search(
-        ASCEND_CUSTOM_OPP_PATH="/a:/b", ASCEND_HOME_PATH="/c", ASCEND_TOOLKIT_HOME="/d"
+@pytest.mark.parametrize(
+    ("config", "found"),
+    [
+        ("load_priority=first,second\n", "vendors/first"),
+        ("load_priority=second,first", "vendors/second"),
+        ("# packages\nload_priority=not_there, second ,first\r\n", "vendors/second"),
+        ("load_priority=\n", "old"),
+        ("priority=first\n", "old"),
+        (None, "old"),
+    ],
+)
+def test_vendors_packages_by_priority(config, found, toolkits):
+    ini = toolkits / "vendors/config.ini"
+    ini.unlink(missing_ok=True)
+    if config is not None:
+        ini.write_bytes(config.encode())
+    bound, text = search(ASCEND_OPP_PATH=str(toolkits), ASCEND_HOME_PATH=f"{toolkits}/old")
+    assert bound
+    place = "lib64/libopapi.so" if found == "old" else "op_api/lib/libcust_opapi.so"
+    assert text.split(", ")[0] == str(toolkits / found / place)
+
+
+def test_custom_operators_come_before_vendors(toolkits):
+    (toolkits / "vendors/config.ini").write_text("load_priority=first")
+    _, text = search(
+        ASCEND_OPP_PATH=str(toolkits),
+        ASCEND_CUSTOM_OPP_PATH=f"{toolkits}/custom",
+        ASCEND_HOME_PATH=f"{toolkits}/old",
     )
+    assert text.split(", ")[0] == str(toolkits / "custom/op_api/lib/libcust_opapi.so")
+
+
+def test_a_release_without_the_functions_that_destroy_executors(toolkits):
+    bound, text = search(ASCEND_HOME_PATH=f"{toolkits}/early")
+    assert bound
+    assert text.endswith("libascendcl.so; without aclDestroyAclOpExecutor")
+
+
+def test_nothing_found_names_every_place(toolkits, tmp_path):
+    (tmp_path / "vendors").mkdir()
+    (tmp_path / "vendors/config.ini").write_text("load_priority=x,y")
+    bound, text = search(
+        ASCEND_CUSTOM_OPP_PATH="/a:/b", ASCEND_HOME_PATH="/c", ASCEND_TOOLKIT_HOME="/d",
+        ASCEND_OPP_PATH=str(tmp_path),
+    )  # fmt: skip
     assert not bound
     assert text.startswith("CANN was not found: no library with aclnnDequantRopeQuantKvcache. Run")
     places = re.findall(r"\n  (\S+): ", text)
     assert places == [
-        "/a/op_api/lib/libcust_opapi.so", "/b/op_api/lib/libcust_opapi.so", "libopapi.so",
-        "/c/lib64/libopapi.so", "/d/lib64/libopapi.so",
+        "/a/op_api/lib/libcust_opapi.so", "/b/op_api/lib/libcust_opapi.so",
+        *[f"{tmp_path}/vendors/{name}/op_api/lib/libcust_opapi.so" for name in "xy"],
+        "libopapi.so", "/c/lib64/libopapi.so", "/d/lib64/libopapi.so",
     ]  # fmt: skip
 
 
@@ -219,4 +264,13 @@ def test_a_library_without_the_operator_is_named(toolkits, tmp_path):
 
 def test_parameters_are_mutated_one_by_one():
     names = [name for name, *_ in itertools.islice(mutations(), 100)]
-    assert len(names) == len(set(names)) == 9 + 1 + 2 + 1 + 1 + 1 + 23 + 4 + 7
+    assert len(names) == len(set(names)) == 9 + 1 + 2 + 1 + 1 + 1 + 23 + 4 + 7 + 13
+
+
+def test_headers_without_status_codes(tmp_path):
+    """Not every package of CANN's headers has them."""
+    include = tmp_path / "include"
+    shutil.copytree(HEADERS, include)
+    (include / "aclnn/opdev/op_errno.h").unlink()
+    done = check_headers(include)
+    assert done.returncode == 0, done.stderr

@@ -1,12 +1,13 @@
 """Lowering and exporting for Ascend on a machine without one."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import pytest
 from support import calls, hlo
-from support.internals import ascend, compat
+from support.internals import ascend, ascend_plugin, compat
 
 from jax_kvcache import dequant_rope_quant_kvcache
 
@@ -82,7 +83,50 @@ def test_x64():
 
 
 def test_no_plugin_here():
-    assert ascend.plugin() is None
+    assert ascend_plugin.name() is None
     assert ascend.unavailable() == "this process has no Ascend PJRT plugin"
-    assert ascend.routes()["PJRT FFI extension"].startswith("no Ascend")
+    assert ascend_plugin.offers()["PJRT FFI extension"].startswith("no Ascend")
+    assert ascend.report()["target"] == "not registered: there is no plugin"
     assert jnp.zeros(1).devices().pop().platform == "cpu"
+
+
+def operations_on_slots(text):
+    """The operations, constants and reshapes left out, that make the native call's slots."""
+    made_by, names = {}, re.compile(r"%[\w#]+")
+    for line in map(str.strip, text.splitlines()):
+        if hlo.NATIVE_CALL in line:
+            operands = line.split("(", 1)[1].split(")")[0]
+            unseen, found = [names.findall(operands)[5]], []
+            break
+        if match := re.match(r"(%\w+) = \"?(?:stablehlo\.)?(\w+)\"?(.*)", line):
+            made_by[match[1]] = match[2], names.findall(match[3].split(" : ")[0])
+    while unseen:
+        operation, operands = made_by.pop(unseen.pop(), ("constant", []))
+        unseen += operands
+        found += [operation] * (operation not in ("constant", "reshape"))
+    return sorted(found)
+
+
+SAFE = ["compare", "convert", "select"]
+
+
+@pytest.mark.parametrize("indices_mode", ["drop", "promise_in_bounds"])
+@pytest.mark.parametrize(
+    ("sizes", "operations"),
+    [
+        ({"B": 4, "C1": 4, "S": None}, ["add", *SAFE]),
+        ({"B": 4, "C1": 4, "S": 1}, ["add", *SAFE]),
+        ({"B": 1, "C1": 1, "S": 1}, SAFE),
+        ({"B": 4, "S": None, "cache_mode": "page"}, SAFE),
+        ({"B": 4, "S": 1, "cache_mode": "page"}, SAFE),
+        ({"B": 2, "S": 7, "cache_mode": "page"}, SAFE),
+    ],
+    ids=str,
+)
+def test_the_fewest_operations_that_make_slots_safe(sizes, operations, indices_mode):
+    """The operator checks no upper bound; a plugin may launch a kernel for each operation."""
+    traced = step(
+        cache_mode=sizes.get("cache_mode", "contiguous"), indices_mode=indices_mode
+    ).trace(**calls.arguments(**sizes))
+    text = traced.lower(lowering_platforms=("ascend",)).as_text()
+    assert operations_on_slots(text) == operations

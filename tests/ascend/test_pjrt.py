@@ -4,7 +4,7 @@ import ctypes
 
 import jax
 import pytest
-from support.internals import ascend, compat, pjrt
+from support.internals import ascend, ascend_plugin, compat, pjrt
 
 FFI, OTHER = 5, 2  # extension types
 ERROR, MESSAGE = 77, b"Duplicate FFI handler registration"
@@ -72,20 +72,32 @@ def test_without_the_extension():
 @pytest.mark.parametrize("error", [None, ERROR], ids=["taken", "refused"])
 def test_when_jax_discovers_the_plugin(error, monkeypatch):
     plugin = FakePlugin(error=error)
-    monkeypatch.setattr(ascend, "_routes", ascend._Routes(through_pjrt="not yet"))
+    monkeypatch.setattr(ascend_plugin, "_offers", ascend_plugin._Offers(through_pjrt="not yet"))
     monkeypatch.setattr(compat, "plugin_api", lambda name: plugin.capsule)
     monkeypatch.setattr(compat, "on_plugins_discovered", lambda f: f(plugin.capsule))
-    ascend.register(ascend.ASCEND)
+    ascend_plugin.register(ascend.ASCEND)
     assert {args[3] for args in plugin.registered} == {b"ascend", b"ASCEND"}
     wanted = None if error is None else MESSAGE.decode()
-    assert ascend.routes()["PJRT FFI extension"] == wanted
+    assert ascend_plugin.offers()["PJRT FFI extension"] == wanted
 
 
 def test_a_hook_that_raises(monkeypatch):
     def hook(*args, **kwargs):
         raise RuntimeError("no room")
 
-    monkeypatch.setattr(ascend, "_routes", ascend._Routes(through_jax=None))
+    monkeypatch.setattr(ascend_plugin, "_offers", ascend_plugin._Offers(through_jax=None))
     monkeypatch.setattr(jax.ffi, "register_ffi_target", hook)
-    ascend.register(ascend.ASCEND)
-    assert ascend.routes()["jax.ffi"] == "the plugin's hook raised RuntimeError: no room"
+    ascend_plugin.register(ascend.ASCEND)
+    assert ascend_plugin.offers()["jax.ffi"] == "the plugin's hook raised RuntimeError: no room"
+
+
+def test_a_hook_that_leaves_the_target_in_the_queue(monkeypatch):
+    """JAX has recorded the hook, so that it looks as if the plugin took targets."""
+    assert ascend_plugin.offers()["jax.ffi"] == "no plugin takes targets from jax.ffi"
+    for platform in ascend.PLATFORMS:
+        assert "dequant_rope_quant_kvcache" in compat.queued_ffi_targets(platform)
+    monkeypatch.setattr(compat, "has_custom_call_handler", lambda platform: True)
+    reason = "the plugin's hook did not take the target from JAX's queue"
+    assert ascend_plugin.offers()["jax.ffi"] == reason
+    monkeypatch.setattr(compat, "queued_ffi_targets", lambda platform: set())
+    assert ascend_plugin.offers()["jax.ffi"] is None

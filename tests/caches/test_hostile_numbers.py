@@ -76,33 +76,6 @@ def test_int64_is_refused_and_not_narrowed():
     assert written(cache().update(X, COS, COS, [3])[1]) == [[0, 3]]
 
 
-@pytest.mark.parametrize(
-    ("q", "scale"), [(np.nan, None), (np.inf, None), (1.0, np.nan), (1.0, np.inf)]
-)
-def test_attention_hands_on_what_is_not_finite(q, scale):
-    _, filled = cache().update(X, COS, COS, START)
-    q = np.full((1, 1, 1, 2), q, np.float32)
-    assert np.isnan(decode_attention(q, filled, np.array([1], np.int32), scale=scale)).all()
-    empty = decode_attention(q, filled, np.array([0], np.int32), scale=scale)
-    np.testing.assert_array_equal(empty, np.zeros_like(empty))
-
-
-def test_attention_over_no_row_for_any_negative_length():
-    two = KVCache.create(2, 8, 1, 2, scale_k=SCALE, scale_v=SCALE)
-    x, cos = np.ones((2, 8, 6), np.float32), np.ones((2, 8, 1, 2), np.float32)
-    _, two = two.update(x, cos, cos, np.zeros(2, np.int32))
-    q = np.ones((2, 3, 1, 2), np.float32)
-    out = np.asarray(decode_attention(q, two, np.array([-(2**31), 8], np.int32)))
-    np.testing.assert_array_equal(out[0], np.zeros_like(out[0]))
-    assert np.all(out[1] != 0)
-
-
-@pytest.mark.parametrize("scale", [[5.0], "a", 1j])
-def test_attention_scale_is_a_number(scale):
-    with pytest.raises(TypeError, match="`scale` must be a real number, got"):
-        decode_attention(np.ones((1, 1, 1, 2), np.float32), cache(), START, scale=scale)
-
-
 def test_a_cache_made_by_hand_must_fit_itself():
     wrong = dataclasses.replace(cache(2), layers=3)
     with pytest.raises(ValueError, match="`k_cache` must have `layers` = 3 layers, got 2"):
@@ -113,17 +86,3 @@ def test_a_cache_made_by_hand_must_fit_itself():
     wrong = dataclasses.replace(cache(), k_cache=jnp.zeros((1, 8, 1, 2)))
     with pytest.raises(TypeError, match="`k_cache` must have dtype int8, got float32"):
         decode_attention(np.ones((1, 1, 1, 2), np.float32), wrong, START)
-
-
-@pytest.mark.parametrize("implementation", ["xla", "ffi"])
-def test_vmap_over_nothing(implementation):
-    call = {
-        "x": X, "cos": COS, "sin": COS, "indices": START, "scale_k": SCALE, "scale_v": SCALE,
-        "k_cache": np.zeros((1, 8, 1, 2), np.int8), "v_cache": np.ones((1, 8, 1, 2), np.int8),
-    }  # fmt: skip
-    nothing = {k: np.zeros((0, *v.shape), v.dtype) for k, v in call.items()}
-    result = jax.vmap(
-        lambda call: jax_kvcache.dequant_rope_quant_kvcache(**call, implementation=implementation)
-    )(nothing)
-    assert result.q.shape == (0, 1, 1, 1, 2)
-    assert result.k_cache.shape == (0, 1, 8, 1, 2)

@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from support import caches
+from support.modes import MODES
 
 from jax_kvcache import decode_attention
 
@@ -44,14 +45,6 @@ def check(actual, kind, layers):
     jax.tree.map(np.testing.assert_array_equal, actual[1], expected(kind, layers)[1])
     attended = [np.asarray(a[0], np.float32) for a in (actual, expected(kind, layers))]
     np.testing.assert_allclose(*attended, rtol=2**-7, atol=1e-3)  # bfloat16
-
-
-MODES = {
-    "x64": lambda: jax.enable_x64(True),
-    "strict_promotion": lambda: jax.numpy_dtype_promotion("strict"),
-    "rank_promotion_raises": lambda: jax.numpy_rank_promotion("raise"),
-    "no_jit": jax.disable_jit,
-}
 
 
 @pytest.mark.parametrize(("kind", "layers"), KINDS)

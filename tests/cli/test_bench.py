@@ -76,7 +76,8 @@ def test_unknown_shape(capsys):
 
 
 def test_without_the_library(monkeypatch, capsys):
-    monkeypatch.setattr(library, "_missing", "it was left at home")
+    gone = library.Library(None, "it was left at home")
+    monkeypatch.setattr(library, "load", lambda: gone)
     assert run("--shape", "documented") == 2
     assert "nothing to measure: it was left at home." in capsys.readouterr().err
 

@@ -175,7 +175,7 @@ def test_offsets_come_in_pairs_and_are_finite(given, missing, tmp_path, capsys):
     ],
 )
 def test_calibrate_refuses_before_it_works(options, message, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(calibrate, "load_model", None)  # the work starts with it
+    monkeypatch.setattr(calibrate, "model_from", None)  # the work starts with it
     text = tmp_path / "text"
     text.write_bytes(b"some text")
     options = [option.format(tmp=tmp_path) for option in options]

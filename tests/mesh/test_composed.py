@@ -10,8 +10,8 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from support import hlo, layouts, oracle
-from support.results import assert_results, assert_same_bits
+from support import hlo, oracle
+from support.results import OF_A_STEP, assert_results, assert_same_bits
 
 from jax_kvcache import dequant_rope_quant_kvcache, interleave_qkv_for_tensor_parallel
 
@@ -19,7 +19,6 @@ STEPS, V, B, Nq, Nkv, D, C2 = 2, 2, 2, 4, 2, 8, 4096
 H = (Nq + 2 * Nkv) * D
 CACHE = P("dp", None, None, "tp", None)  # V caches over dp, their heads over tp
 TOKENS = P(None, "dp")
-NAMES = ("q", "k_cache", "v_cache")  # what every loop returns
 
 
 @functools.cache
@@ -66,10 +65,11 @@ def expected():
     return q, *(np.stack(c) for c in zip(*after, strict=True))
 
 
-def update(implementation, caches, step, params):
+def update(implementation, caches, step, params, qkv_shards=None):
     result = dequant_rope_quant_kvcache(
-        **step, **params, k_cache=caches[0], v_cache=caches[1], implementation=implementation
-    )
+        **step, **params, k_cache=caches[0], v_cache=caches[1], implementation=implementation,
+        qkv_shards=qkv_shards,
+    )  # fmt: skip
     return (result.k_cache, result.v_cache), result.q
 
 
@@ -134,11 +134,11 @@ def run(function, mesh, columns, q_spec=None):
     where = None if q_spec is None else (NamedSharding(mesh, q_spec), *(c.sharding for c in caches))
     step = jax.jit(function, donate_argnums=0, out_shardings=where)
     compiled = step.lower(caches, steps, params).compile()
-    assert layouts.collective_bytes(compiled.as_text()) == 0
+    assert hlo.collective_bytes(compiled.as_text()) == 0
     shard = caches[0].sharding.shard_shape(caches[0].shape)
     hlo.assert_in_place(compiled, math.prod(shard))
     results = compiled(caches, steps, params)
-    assert_results(results, expected(), names=NAMES)
+    assert_results(results, expected(), names=OF_A_STEP)
     assert results[1].sharding.shard_shape(caches[0].shape) == shard
 
 
@@ -161,7 +161,7 @@ def test_global(kind, loop, implementation):
 @pytest.mark.parametrize("loop", [scan_of_vmap, vmap_of_scan, scan_of_shard_map])
 def test_manual(loop, implementation):
     mesh = jax.make_mesh((2, 2), ("dp", "tp"), (AxisType.Auto,) * 2)
-    one = functools.partial(update, implementation)
+    one = functools.partial(update, implementation, qkv_shards=2)
     if loop is scan_of_shard_map:
         function = functools.partial(loop, mesh, one)
     else:
@@ -188,7 +188,7 @@ def test_vmap_of_shard_map():
             k_cache=inputs()[0][0][v], v_cache=inputs()[0][1][v],
         )  # fmt: skip
         actual = [np.asarray(a)[v] for a in (q, *caches)]
-        assert_results(actual, (want[0], *want[3:]), f"example {v}", NAMES)
+        assert_results(actual, (want[0], *want[3:]), f"example {v}", OF_A_STEP)
 
 
 def test_unmapped_cache_in_explicit_mode():
@@ -203,7 +203,7 @@ def test_unmapped_cache_in_explicit_mode():
         compiled = function.lower(own, step).compile()
         (k_cache, _), _ = function(own, step)
     assert jax.typeof(k_cache).sharding.spec[0] == "dp"
-    assert layouts.collective_bytes(compiled.as_text()) == 0
+    assert hlo.collective_bytes(compiled.as_text()) == 0
     for v in range(V):
         want = oracle.dequant_rope_quant_kvcache(
             **{name: value[0, v] for name, value in steps.items()}, **own_params(params, 0),

@@ -36,7 +36,7 @@ def test_layout(name, shape, kind, implementation):
     )
     compiled = step.lower(**arguments).compile()
     text = compiled.as_text()
-    assert layouts.collective_bytes(text) == layout.moved(*shape)
+    assert hlo.collective_bytes(text) == layout.moved(*shape)
     cache = arguments["k_cache"]
     hlo.assert_in_place(compiled, math.prod(cache.sharding.shard_shape(cache.shape)))
     result = compiled(**arguments)

@@ -8,6 +8,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from support import hlo, layouts
+from support.internals import compat
 from support.layouts import Nkv, Nq
 
 from jax_kvcache import (
@@ -41,6 +42,7 @@ def manual(layout, mesh, implementation):
             kv_output=True,
             cache_mode=layout.cache_mode,
             implementation=implementation,
+            qkv_shards=mesh.shape["tp"],
         )
         return tuple(result)
 
@@ -75,7 +77,7 @@ def test_layout(name, shape, kind, implementation):
     step = jax.jit(lambda caches, others: whole_mesh(caches | others), donate_argnums=0)
     caches = {key: arguments.pop(key) for key in ("k_cache", "v_cache")}
     compiled = step.lower(caches, arguments).compile()
-    assert layouts.collective_bytes(compiled.as_text()) == 0
+    assert hlo.collective_bytes(compiled.as_text()) == 0
     cache = caches["k_cache"]
     hlo.assert_in_place(compiled, math.prod(cache.sharding.shard_shape(cache.shape)))
     layouts.check(compiled(caches, arguments), layout)
@@ -97,6 +99,13 @@ def test_explicit_axes_beside_manual_ones(implementation):
     whole = jax.shard_map(
         one_device, mesh=mesh, in_specs=(where,), out_specs=P("dp"), axis_names={"dp"}
     )
+    if not compat.nests_manual_axes():
+        message = (
+            r"cannot have explicit mesh axes \['tp'\] beside manual ones \['dp'\] with JAX 0.9"
+        )
+        with pytest.raises(NotImplementedError, match=message):
+            jax.jit(whole)(layouts.placed(layout, mesh))
+        return
     result = jax.jit(whole)(layouts.placed(layout, mesh))
     assert result[3].sharding.spec == P("dp", None, "tp", None)
     layouts.check(result, layout)
@@ -124,6 +133,16 @@ def test_interleave_refuses(function):
         function(np.zeros((3, 7)), (4, 2, 2), 2)
     with pytest.raises(ValueError, match=r"`shards` must divide each .* \(4, 2, 2\), got 4"):
         function(np.zeros(8), (4, 2, 2), 4)
+    heads_of_8 = np.zeros(640), (512, 64, 64), 8  # or 4 kv heads of 16, which 8 devices would halve
+    with pytest.raises(ValueError, match=r"got 8: .*each would get 8 columns of k, .* 64 q heads"):
+        function(*heads_of_8)
+    assert function(*heads_of_8, head_dim=8).shape == (640,)
+    with pytest.raises(
+        ValueError, match=r"\[32, 4, 4\] with `head_dim` = 16, got 8. Share .* 4 dev"
+    ):
+        function(*heads_of_8, head_dim=16)
+    with pytest.raises(ValueError, match=r"`head_dim` must divide each of .*, got 48"):
+        function(*heads_of_8, head_dim=48)
 
 
 def test_interleaved_x_is_for_shard_map_only():
@@ -136,6 +155,8 @@ def test_interleaved_x_is_for_shard_map_only():
     wrong = interleaved(layouts.arguments(layout.cache_mode, layout.C1), 4)
     with pytest.raises(AssertionError):
         layouts.check(step(wrong), layout)
+    with pytest.raises(ValueError, match="`qkv_shards` must be 1 or None outside"):
+        dequant_rope_quant_kvcache(**wrong, qkv_shards=4)
 
 
 def test_local_slots():

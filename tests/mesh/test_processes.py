@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from support import process
 
-from jax_kvcache.model import forward, load_model, new_cache
+from jax_kvcache.checkpoints import load_demo
+from jax_kvcache.model import forward, new_cache
 
 PROGRAM = process.PROGRAMS / "decode_over_processes.py"
 LIMIT = 60  # seconds that a survivor may take: heartbeats are missed after 10
@@ -54,7 +55,7 @@ def expected():
     """The same texts written by one device."""
     decode = program()
     texts = np.stack([np.frombuffer(t, np.uint8) for t in decode.TEXTS]).astype(np.int32)
-    model = load_model()
+    model = load_demo()
     cache = new_cache(model, len(texts))
     step = jax.jit(forward, donate_argnums=2)
     for i in range(decode.STEPS):

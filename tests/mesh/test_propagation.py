@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from support import calls, hlo, layouts
+from support import calls, hlo
 
 from jax_kvcache import KVCache, decode_attention, dequant_rope_quant_kvcache
 
@@ -41,7 +41,7 @@ def test_sharded_output_projection(Nkv, tp, cache_spec):
         return q @ wo, [result.k_cache, result.v_cache]
 
     compiled = jax.jit(step, donate_argnums=0).lower(caches, call, wo).compile()
-    assert layouts.collective_bytes(compiled.as_text()) == B * WIDTH * 4
+    assert hlo.collective_bytes(compiled.as_text()) == B * WIDTH * 4
     hlo.assert_in_place(compiled, caches[0].addressable_shards[0].data.size)
     for before, after in zip(caches, compiled.output_shardings[1], strict=True):
         assert after.is_equivalent_to(before.sharding, 4)
@@ -72,5 +72,5 @@ def test_attention_says_where_q_is_wanted():
 
     compiled = jax.jit(step, donate_argnums=0).lower(cache, tokens).compile()
     hlo.assert_in_place(compiled, B // 2 * C2 * 2 * D)
-    moved = layouts.collective_bytes(compiled.as_text())
+    moved = hlo.collective_bytes(compiled.as_text())
     assert moved <= 8, "no more than the longest length of the batch"

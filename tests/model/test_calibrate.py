@@ -8,7 +8,8 @@ from support.internals import calibrate_model
 
 from jax_kvcache import numerics
 from jax_kvcache.__main__ import main
-from jax_kvcache.model import load_model, new_cache
+from jax_kvcache.checkpoints import load_demo
+from jax_kvcache.model import new_cache
 from jax_kvcache.model.evaluate import cut_windows
 
 TEXT = b"def f(x):\n    return [x, 1, None]\n\n\nclass A:\n    pass\n" * 20
@@ -16,7 +17,7 @@ TEXT = b"def f(x):\n    return [x, 1, None]\n\n\nclass A:\n    pass\n" * 20
 
 @pytest.fixture(scope="module")
 def model():
-    return load_model()
+    return load_demo()
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,7 @@ def test_command(tmp_path, capsys, model, windows, asymmetric):
     assert len(table) == 1 + 2 * model.config.n_layers
     assert all(" dB " in line for line in table[1:])
 
-    calibrated = load_model(out)
+    calibrated = load_demo(out)
     assert new_cache(calibrated, 1).scale_k.shape == calibrate_model.channels(model)
     empty = {name: numerics.MinMax.create(calibrate_model.channels(model)) for name in "kv"}
     seen = calibrate_model.observe_windows(model, empty, windows.tokens[0], windows.targets[0])

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from support import numpy_model
 
-from jax_kvcache.model import forward, forward_float, load_model, new_cache
+from jax_kvcache.checkpoints import load_demo
+from jax_kvcache.model import forward, forward_float, new_cache
 from jax_kvcache.model.evaluate import BATCH, cut_windows
 from jax_kvcache.model.generate import generate, greedy_with_float_cache
 
@@ -17,11 +18,15 @@ TEXT = b'def main(argv=None):\n    """Run '
 
 @pytest.fixture(scope="module")
 def model():
-    return load_model()
+    return load_demo()
+
+
+def numbers(text):
+    return np.frombuffer(text, np.uint8).astype(np.int32)
 
 
 def as_tokens(text):
-    return jnp.asarray(np.frombuffer(text, np.uint8).astype(np.int32))[None]
+    return jnp.asarray(numbers(text))[None]
 
 
 def assert_close(actual, expected):
@@ -69,30 +74,33 @@ def test_kv_map_stands_for_a_cache_of_another_format(model):
 
 
 def test_greedy_text_is_numpys_greedy_text(model):
-    steps = generate(model, new_cache(model, 1), TEXT, temperature=0.0, seed=0)
+    steps = generate(model, new_cache(model, 1), numbers(TEXT), temperature=0.0, seed=0)
     text = bytearray(TEXT)
     for step in itertools.islice(steps, 12):
-        assert step.byte[0] == step.greedy[0]
-        text.append(int(step.byte[0]))
+        assert step.token[0] == step.greedy[0]
+        text.append(int(step.token[0]))
     expected = numpy_model.logits(bytes(text), int8_cache=True).argmax(axis=1)
     assert expected[len(TEXT) - 1 : -1].tolist() == list(text[len(TEXT) :])
-    greedy = greedy_with_float_cache(model, bytes(text))
+    greedy = greedy_with_float_cache(model, numbers(bytes(text)), 256)
     assert greedy[len(TEXT) - 1 : -1].tolist() == list(text[len(TEXT) :])
 
 
 def test_sampling_depends_on_the_seed_alone(model):
     def sample(seed):
-        steps = generate(model, new_cache(model, 1), TEXT, temperature=1.0, seed=seed)
-        return [int(step.byte[0]) for step in itertools.islice(steps, 20)]
+        cache = new_cache(model, 1)
+        steps = generate(model, cache, numbers(TEXT), temperature=1.0, seed=seed)
+        return [int(step.token[0]) for step in itertools.islice(steps, 20)]
 
     assert sample(1) == sample(1)
     assert sample(1) != sample(2)
 
 
 def test_generation_ends_with_the_context(model):
-    prompt = TEXT * 8
+    prompt = numbers(TEXT * 8)
     steps = list(generate(model, new_cache(model, 1), prompt[:250], temperature=0.0, seed=0))
     assert len(steps) == 256 - 250 + 1
+    steps = list(generate(model, new_cache(model, 1, 40), prompt[:38], temperature=0.0, seed=0))
+    assert len(steps) == 40 - 38 + 1
 
 
 def test_windows():
@@ -112,12 +120,12 @@ SCALES = {
 def test_scales_from_a_file(tmp_path):
     path = tmp_path / "scales.npz"
     np.savez(path, **SCALES | {"layers.2.scale_v": np.full((2, 64), 3, np.float32)})
-    params = load_model(path).cache_params
+    params = load_demo(path).cache_params
     assert set(params) == {"scale_k", "scale_v"}
     assert params["scale_v"][2, 1, 5] == 3
     offsets = {key.replace("scale", "offset"): a for key, a in SCALES.items()}
     np.savez(path, **SCALES, **offsets)
-    assert new_cache(load_model(path), 1).offset_v.shape == (4, 2, 64)
+    assert new_cache(load_demo(path), 1).offset_v.shape == (4, 2, 64)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +141,7 @@ def test_refuses_scales(arrays, message, tmp_path):
     path = tmp_path / "scales.npz"
     np.savez(path, **{key: a for key, a in (SCALES | arrays).items() if a is not None})
     with pytest.raises(ValueError, match=message):
-        load_model(path)
+        load_demo(path)
 
 
 def test_refuses_files_that_hold_no_scales(tmp_path):
@@ -141,7 +149,7 @@ def test_refuses_files_that_hold_no_scales(tmp_path):
     for content in (b"", b"some text", b"PK\x03\x04 no zip"):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"`scales` must be an .npz file"):
-            load_model(path)
+            load_demo(path)
     np.save(tmp_path / "one.npy", np.ones(3))
     with pytest.raises(ValueError, match="holds one array"):
-        load_model(tmp_path / "one.npy")
+        load_demo(tmp_path / "one.npy")

@@ -1,6 +1,7 @@
-"""One call of the operator where the stand-in device lacks something; prints what happened.
+"""Calls of the operator where the stand-in device lacks something; prints what happened.
 
-Argument: what `enable_ascend_standin` is given, in JSON.
+Arguments: what `enable_ascend_standin` is given, in JSON; functions that are to fail, one a call,
+before the last call.
 """
 
 import json
@@ -18,13 +19,25 @@ from support.internals import ascend  # noqa: E402
 import jax_kvcache  # noqa: E402
 
 call = calls.ones()
+step = jax.jit(jax_kvcache.dequant_rope_quant_kvcache)
+errors = []
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
-    jax.block_until_ready(jax.jit(jax_kvcache.dequant_rope_quant_kvcache)(**call))
+    for function in sys.argv[2:]:
+        standin.fail(function)
+        try:
+            jax.block_until_ready(step(**call))
+        except (jax.errors.JaxRuntimeError, ValueError) as error:  # jit's fast path: the second
+            errors.append(str(error))
+    jax.block_until_ready(step(**call))
+ledger = standin.ledger()
 found = {
     "explain": jax_kvcache.explain(**call),
     "launches": standin.launches,
     "warnings": [str(w.message) for w in caught],
+    "errors": errors,
+    "alive": ledger["alive"],
+    "faults": ledger["faults"],
     "report": ascend.report(),
 }
 print(json.dumps(found))

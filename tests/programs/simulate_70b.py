@@ -7,14 +7,13 @@ else, and the collectives, each with the bytes that a device holds as its result
 """
 
 import json
-import re
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from support import hlo, layouts
+from support import hlo
 
 from jax_kvcache import dequant_rope_quant_kvcache
 
@@ -98,8 +97,8 @@ def simulate(name, implementation):
         "cache bytes per layer and device": cache_bytes,
         "cache bytes per device": cache_bytes * LAYERS,
         "temporary bytes": memory.temp_size_in_bytes,
-        "collectives": re.findall(r"= (.*?) (all-[a-z]+|collective-[a-z]+)(?:-start)?\(", text),
-        "collective bytes": layouts.collective_bytes(text),
+        "collectives": hlo.collectives(text),
+        "collective bytes": hlo.collective_bytes(text),
     }
 
 

@@ -137,38 +137,28 @@ DTYPES = [  # of x, of the tables, of bias
 ]
 
 
-def listed():
-    """(name, what makes the case or the cases of that name)."""
+def named():
+    """(name, what makes the cases of that name): one, or many that share compiled shapes."""
     make = functools.partial
     for name in golden_calls.ACCEPTED:
-        yield f"golden-{name}", make(cases.golden, name)
+        yield f"golden-{name}", [make(cases.golden, name)]
     for seed in range(NUM_FORMS):
-        yield f"random-{seed}", make(cases.random, seed, DRAWS_PER_FORM)
+        yield f"random-{seed}", [make(cases.random, seed, DRAWS_PER_FORM)]
     for dtypes in DTYPES:
         names = (np.dtype(d).name if d else "none" for d in dtypes)
-        yield "dtypes-x_{}-cos_{}-bias_{}".format(*names), make(of_dtypes, *dtypes)
+        yield "dtypes-x_{}-cos_{}-bias_{}".format(*names), [make(of_dtypes, *dtypes)]
     for cache_mode, C1, S in itertools.product(("contiguous", "page"), (B, B + 2), (1, 3)):
-        yield f"edges-{cache_mode}-C1_{C1}-S_{S}", make(edges, cache_mode, C1, S)
+        yield f"edges-{cache_mode}-C1_{C1}-S_{S}", [make(edges, cache_mode, C1, S)]
     for cache_mode in ("contiguous", "page"):
-        yield f"skipped_nan-{cache_mode}", make(skipped_nan, cache_mode)
-    yield "promised", promised
-    yield "duplicates", duplicates
+        yield f"skipped_nan-{cache_mode}", [make(skipped_nan, cache_mode)]
+    yield "promised", [promised]
+    yield "duplicates", [duplicates]
     for dtype in (np.float32, BF16):
-        yield f"subnormals-{np.dtype(dtype).name}", make(subnormals, dtype)
+        yield f"subnormals-{np.dtype(dtype).name}", [make(subnormals, dtype)]
     for mode, optionals in itertools.product(vmap_calls.MODES, vmap_calls.OPTIONALS):
-        # Many combinations in one test, because they share compiled shapes and expected results
-        yield (
-            f"vmap-{mode}-{optionals}",
-            [
-                make(vmap_calls.combination, seed, mode, optionals)
-                for seed in range(NUM_COMBINATIONS)
-            ],
-        )
+        combination = make(vmap_calls.combination, mode=mode, optionals=optionals)
+        seeds = range(NUM_COMBINATIONS)
+        yield f"vmap-{mode}-{optionals}", [make(combination, seed) for seed in seeds]
 
 
-def as_list(makers):
-    return makers if isinstance(makers, list) else [makers]
-
-
-CASES = {name: as_list(makers) for name, makers in listed()}
-"""Of each name, the functions that make its cases."""
+CASES = dict(named())

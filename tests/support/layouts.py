@@ -3,7 +3,6 @@
 import functools
 import json
 import math
-import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -131,19 +130,3 @@ def placed(layout, mesh):
 
 def check(result, layout):
     assert_results(result, expected(layout.cache_mode, layout.C1))
-
-
-_COLLECTIVE = re.compile(
-    r"= (.*?) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter|"
-    r"collective-broadcast|ragged-all-to-all)(?:-start)?\("
-)
-_ARRAY = re.compile(r"([a-z]+)(\d+)\[([\d,]*)\]")
-
-
-def collective_bytes(text):
-    """Bytes that a device holds as the results of the program's collectives."""
-    return sum(
-        int(bits) // 8 * math.prod(int(d) for d in dims.split(",") if d)
-        for match in _COLLECTIVE.finditer(text)
-        for _, bits, dims in _ARRAY.findall(match[1])
-    )

@@ -82,18 +82,3 @@ def dequant_rope_quant_kvcache(
             vs.append(v.astype(dtype))
     q, k, v = (np.stack(a).reshape(*x.shape[:-1], -1, D) for a in (qs, ks, vs))
     return q, (k if kv_output else None), (v if kv_output else None), k_cache, v_cache
-
-
-def assert_same_bits(actual, expected, where=""):
-    """Equal to the bit, signed zeros included; any NaN equals any NaN."""
-    actual, expected = np.asarray(actual), np.asarray(expected)
-    assert actual.dtype == expected.dtype, where
-    assert actual.shape == expected.shape, where
-    if actual.dtype == np.int8:
-        np.testing.assert_array_equal(actual, expected, err_msg=where)
-        return
-    bits = np.dtype(f"uint{8 * actual.dtype.itemsize}")
-    wide_actual, wide_expected = actual.astype(F32), expected.astype(F32)
-    nan = np.isnan(wide_expected)
-    np.testing.assert_array_equal(np.isnan(wide_actual), nan, err_msg=where)
-    np.testing.assert_array_equal(actual.view(bits)[~nan], expected.view(bits)[~nan], err_msg=where)

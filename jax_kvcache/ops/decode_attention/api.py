@@ -61,7 +61,7 @@ def decode_attention(
 
     What it costs: the reference reads the cache in chunks of rows, up to the last row that any
     sequence sees. Beside the results it takes one chunk of K and V in float32 and its scores: about
-    4 MB on a CPU and 256 MB elsewhere, and never less than 128 rows of each sequence take. Queries
+    1 MB on a CPU and 256 MB elsewhere, and never less than 128 rows of each sequence take. Queries
     go in tiles of 256. Neither the cache nor a layer is dequantised, gathered or copied as a whole.
 
     Under `jax.vmap` a cache that is not mapped is shared, not copied. Over several devices it is

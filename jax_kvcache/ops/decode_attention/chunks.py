@@ -9,7 +9,7 @@ from jax import lax
 
 # Bytes that one chunk may take in float32, K, V and scores together, and the fewest rows that it
 # has. A loop's step costs little on a CPU and the launch of several kernels on a GPU or TPU.
-_BUDGET = {"cpu": 4 << 20}
+_BUDGET = {"cpu": 1 << 20}
 _LARGE_BUDGET = 256 << 20
 _FEWEST_ROWS, _MOST_ROWS = 128, 8192
 

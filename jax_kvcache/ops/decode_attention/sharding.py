@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from jax_kvcache.mesh import Sharding, axes_of, num_shards, real_axes
+from jax_kvcache.mesh import Call, Sharding, axes_of, num_shards, real_axes
 from jax_kvcache.ops.decode_attention.merge import merge_over_axes
 from jax_kvcache.ops.decode_attention.reference import Operands, Results
-from jax_kvcache.ops.operands import Axes, is_absent, partition_spec, table
+from jax_kvcache.ops.operands import Axes, absent, is_absent, match, partition_spec, table
 from jax_kvcache.ops.slots import shard_positions, shard_slots
 
 
@@ -105,24 +105,38 @@ def result_specs(layout: Layout, shapes: Any) -> tuple[PartitionSpec, ...]:
     return tuple(layout.spec(row.dims, shape) for row, shape in zip(rows, shapes, strict=True))
 
 
-def rule(ops: Any, results: Any) -> str:
-    """Shardy's rule: sequences and steps propagate between q, positions and the results."""
-    queries = [f"g{i}" for i in range(len(ops.table.shape) - 2)] + ["b", "s"]
-    rest = (f"u{i}" for i in itertools.count())
-    cache = [next(rest) for _ in ops.k_cache.shape]
+def rule(ops: Any, results: Any, options: Any) -> tuple[str, dict[str, int]]:
+    """Shardy's rule: q and the results are where the cache is; see `mesh.Sharding`.
 
-    def factors(row, array):
+    Heads propagate from the caches to q and the results, and so do the sequences of contiguous
+    caches; groups and steps propagate between q and the results. Nothing of it reaches a cache:
+    what comes after must not decide where a cache lies (`mesh.Sharding.settled`).
+    """
+    group_rank = len(ops.table.shape) - 2
+    rest = (f"u{i}" for i in itertools.count())
+    per_kv_head = ops.q.shape[-2] // ops.k_cache.shape[-2]
+    q_heads = "(h j)" if per_kv_head > 1 else "h"
+    groups = [f"g{i}" for i in range(group_rank)]
+    shared = {"*g": groups, "B": ["b"], "S": ["s"], "Nq": [q_heads]}
+    aligned = options.contiguous and ops.k_cache.shape[-4] == ops.q.shape[-4]
+    cache = [next(rest) for _ in ops.k_cache.shape[:-4]]
+    cache += ["b" if aligned else next(rest), next(rest), "h", next(rest)]
+
+    def factors(row: Any, array: Any) -> list[str]:
+        if is_absent(array):
+            return [next(rest)]
         if getattr(row, "cache", False):
             return cache
-        words = row.dims.split()
-        shared = queries if words[:3] == ["*g", "B", "S"] and not is_absent(array) else []
-        return [*shared, *(next(rest) for _ in array.shape[len(shared) :])]
+        parts = match(row.dims, array.shape, group_rank)
+        own = ((shared.get(word), sizes) for word, sizes in parts)
+        return [f for names, sizes in own for f in (names or [next(rest) for _ in sizes])]
 
     sides = (
         [factors(row, a) for row, a in zip(table(rows).values(), arrays, strict=True)]
         for rows, arrays in ((Operands, ops), (Results, results))
     )
-    return " -> ".join(", ".join(map(" ".join, side)) for side in sides)
+    text = " -> ".join(", ".join(map(" ".join, side)) for side in sides)
+    return text, {"j": per_kv_head} if per_kv_head > 1 else {}
 
 
 def _own_positions(ops: Operands, axes: Axes) -> Any:
@@ -136,26 +150,34 @@ def _own_positions(ops: Operands, axes: Axes) -> Any:
     return jnp.where(positions >= 0, positions // whole * R + in_block, -1)
 
 
-def _shard(ops: Operands, call: Any, layout: Layout, mesh: Any) -> Any:
+def _shard(ops: Operands, call: Call, layout: Layout, mesh: Any) -> Any:
     """One device's part: its own heads of its own sequences, over the rows that it has."""
     real = functools.partial(real_axes, mesh)
     blocks, rows, merged = tuple(map(real, layout.blocks)), real(layout.rows), real(layout.merged)
-    sharded_batch = bool(real(layout.queries[-2]))
-    # Only whole batches, and those that lie where their blocks do, read block b for sequence b.
-    changes = {} if layout.aligned or not sharded_batch else {"contiguous": False}
+    # Sequence b reads block b of a part where neither is split, or both are split alike.
+    split = real(layout.queries[-2]) or blocks[-1]
+    changes = {"contiguous": False} if split and not layout.aligned else {}
     if any(blocks):
         n_dims = ops.k_cache.shape[len(layout.queries) - 2 : -3]
         shards = [num_shards(mesh, axes) for axes in blocks]
         ops = ops._replace(table=shard_slots(ops.table, n_dims, blocks, shards))
     if not merged:
-        return call(ops, **changes)
+        return call.run(ops, **changes)
     if rows:
         ops = ops._replace(positions=_own_positions(ops, rows))
     part = ops._replace(q=ops.q.astype(jnp.float32), sinks=jnp.zeros((0,), jnp.float32))
-    out, lse = call(part, return_lse=True, **changes)
+    out, lse = call.run(part, return_lse=True, **changes)
     sinks = None if is_absent(ops.sinks) else ops.sinks[..., None, None, :]
     out, lse = merge_over_axes(out, lse, merged, sinks)
-    return out.astype(ops.q.dtype), lse
+    return out.astype(ops.q.dtype), lse if call.options.return_lse else absent()
 
 
-SHARDING = Sharding(layout_of, operand_specs, result_specs, rule, _shard, plain_is_fine=True)
+SHARDING = Sharding(
+    layout_of,
+    operand_specs,
+    result_specs,
+    rule,
+    _shard,
+    settled=("k_cache", "v_cache"),
+    plain_is_fine=True,
+)

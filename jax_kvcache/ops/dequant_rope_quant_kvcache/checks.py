@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jax_kvcache.ops.checks import (
     FLOAT32,
@@ -18,6 +19,7 @@ from jax_kvcache.ops.checks import (
     check_row_count,
     check_shape,
 )
+from jax_kvcache.ops.dequant_rope_quant_kvcache.columns import check_num_q_heads
 from jax_kvcache.ops.implementation import check_implementation
 
 
@@ -31,7 +33,9 @@ class Layer(NamedTuple):
 class Call(NamedTuple):
     """The public function's arguments; see `dequant_rope_quant_kvcache`.
 
-    With `layer` the caches are [L, C1, C2, Nkv, D], and the call is one on that layer.
+    With `layer` the caches are [L, C1, C2, Nkv, D], and the call is one on that layer. With `axes`,
+    inside `jax.shard_map`, the caches are this device's shards over these mesh axes: of the blocks
+    in page mode, of the rows otherwise; the indices are those of the whole caches.
     """
 
     x: Any
@@ -55,6 +59,10 @@ class Call(NamedTuple):
     indices_mode: Any = "drop"
     implementation: Any = None
     layer: Layer | None = None
+    axes: tuple[str, ...] = ()
+    num_q_heads: int | None = None
+    total_q_heads: int | None = None  # a cache's, of all devices together
+    qkv_shards: int | None = None
 
 
 class Sizes(NamedTuple):
@@ -144,6 +152,7 @@ def check_call(call: Call) -> Sizes:
     _check_caches(k_cache, call.v_cache, call.layer is not None)
     B, S, H = (x.shape[0], x.shape[1] if len(x.shape) == 3 else None, x.shape[-1])
     C1, C2, Nkv, D = k_cache.shape[-4:]
+    check_num_q_heads(call.num_q_heads, call.total_q_heads, H, Nkv, D)
     Nq = _check_size_splits(call.size_splits, H, Nkv, D)
     sizes = Sizes(B, S, H, C1, C2, Nq, Nkv, D)
     letters = ", ".join(("B", "S")[: len(sizes.tokens)])
@@ -185,6 +194,9 @@ def check_call(call: Call) -> Sizes:
 
     if cache_mode == "contiguous" and isinstance(C1, int) and isinstance(B, int) and C1 < B:
         raise ValueError(f"`k_cache` must have C1 >= B = {B} in contiguous mode, got C1 = {C1}.")
+    if call.axes:
+        shards = lax.axis_size(call.axes)
+        check_row_count("k_cache", "shards*C1*C2", (shards, C1, C2))
     if call.layer is not None:
         check_row_count("k_cache", "L*C1*C2", k_cache.shape[:3])
     elif has_rows_per_batch(call):

@@ -7,14 +7,16 @@ import jax
 
 from jax_kvcache.ops.dequant_rope_quant_kvcache.api import canonical_operands
 from jax_kvcache.ops.dequant_rope_quant_kvcache.checks import Call, check_call
+from jax_kvcache.ops.dequant_rope_quant_kvcache.columns import joined
 from jax_kvcache.ops.dequant_rope_quant_kvcache.primitive import NAME
 from jax_kvcache.ops.implementation import Explanation, Implementation, explain_choice
 
 Array = jax.Array | jax.ShapeDtypeStruct
+Columns = Array | tuple[Array, Array, Array]
 
 
 def explain(
-    x: Array,
+    x: Columns,
     cos: Array,
     sin: Array,
     k_cache: Array,
@@ -26,15 +28,17 @@ def explain(
     *,
     offset_k: Array | None = None,
     offset_v: Array | None = None,
-    weight_scale: Array | None = None,
+    weight_scale: Columns | None = None,
     activation_scale: Array | None = None,
-    bias: Array | None = None,
+    bias: Columns | None = None,
     quant_mode: Literal["static"] = "static",
     layout: Literal["BSND"] = "BSND",
     kv_output: bool = False,
     cache_mode: Literal["contiguous", "page"] = "contiguous",
     indices_mode: Literal["drop", "promise_in_bounds"] = "drop",
     implementation: Implementation = None,
+    num_q_heads: int | None = None,
+    qkv_shards: int | None = None,
     platform: str | None = None,
 ) -> Explanation:
     """Says which implementation `dequant_rope_quant_kvcache` would run for these arguments.
@@ -45,7 +49,7 @@ def explain(
     Args:
       x, cos, sin, k_cache, v_cache, indices, scale_k, scale_v, size_splits, offset_k, offset_v,
       weight_scale, activation_scale, bias, quant_mode, layout, kv_output, cache_mode, indices_mode,
-      implementation: as for `dequant_rope_quant_kvcache`.
+      implementation, num_q_heads, qkv_shards: as for `dequant_rope_quant_kvcache`.
       platform: the platform to answer for; None is JAX's default backend.
 
     Returns:
@@ -58,12 +62,14 @@ def explain(
         x, cos, sin, k_cache, v_cache, indices, scale_k, scale_v, size_splits,
         offset_k, offset_v, weight_scale, activation_scale, bias,
         quant_mode, layout, kv_output, cache_mode, indices_mode, implementation,
+        num_q_heads=num_q_heads, qkv_shards=qkv_shards,
     )  # fmt: skip
     return explain_choice(NAME, platform, _operand_types(call), implementation)
 
 
 def _operand_types(call: Call) -> Any:
     """The types of the primitive's operands, without any array's values."""
+    call = joined(call)
     check_call(call)
     call = call._replace(size_splits=None)  # it was checked, and may be an iterator
     arrays = {k: v for k, v in call._asdict().items() if getattr(v, "shape", ()) != ()}

@@ -3,6 +3,8 @@
 import jax
 from jax.interpreters import ad
 
+from jax_kvcache._compat import add_checks
+from jax_kvcache.ops.dequant_rope_quant_kvcache.debug import findings
 from jax_kvcache.ops.dequant_rope_quant_kvcache.reference import (
     Operands,
     Results,
@@ -29,6 +31,10 @@ OPERATOR = Operator(
     sharding=SHARDING,
 )
 dequant_rope_quant_kvcache_p = define(OPERATOR)
+add_checks(
+    dequant_rope_quant_kvcache_p,
+    lambda *operands, options: findings(Operands(*operands), options),
+)
 
 
 def bind(operands: Operands, options: WriteOptions) -> list[jax.Array]:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jax_kvcache.mesh import Sharding, axes_of, move, num_shards, own_part, real_axes
+from jax_kvcache.mesh import Call, Sharding, axes_of, move, num_shards, own_part, real_axes
 from jax_kvcache.ops.dequant_rope_quant_kvcache.reference import Operands, Results, write_rows
 from jax_kvcache.ops.operands import Axes, is_absent, partition_spec, table
 from jax_kvcache.ops.slots import shard_slots
@@ -89,12 +89,13 @@ def result_specs(layout: Layout, shapes: Any) -> tuple[PartitionSpec, ...]:
     )
 
 
-def rule(ops: Any, results: Any) -> str:
+def rule(ops: Any, results: Any, options: Any) -> tuple[str, dict[str, int]]:
     """Shardy's rule: tokens propagate between x, q, k and v, and the caches into themselves.
 
     Nothing else is shared: a cache must not take its sharding from the tokens, nor, through q,
     from what comes after.
     """
+    del options
     tokens = [f"g{i}" for i in range(len(ops.slots.shape) - 1)] + ["t"]
     rest = (f"u{i}" for i in itertools.count())
     cache: list[str] = []
@@ -113,7 +114,8 @@ def rule(ops: Any, results: Any) -> str:
         factors(row, a, row.aliases is not None)
         for row, a in zip(table(Results).values(), results, strict=True)
     ]
-    return " -> ".join(", ".join(map(" ".join, side)) for side in (operands, outputs))
+    sides = (operands, outputs)
+    return " -> ".join(", ".join(map(" ".join, side)) for side in sides), {}
 
 
 def _own_heads(ops: Operands, axes: Axes, shards: int) -> Operands:
@@ -134,7 +136,7 @@ def _own_heads(ops: Operands, axes: Axes, shards: int) -> Operands:
     )
 
 
-def _shard(ops: Operands, call: Any, layout: Layout, mesh: Any) -> Any:
+def _shard(ops: Operands, call: Call, layout: Layout, mesh: Any) -> Any:
     """One device's part: its own heads of its own tokens, into the rows that are its own."""
     shards = functools.partial(num_shards, mesh)
     real = functools.partial(real_axes, mesh)
@@ -151,14 +153,16 @@ def _shard(ops: Operands, call: Any, layout: Layout, mesh: Any) -> Any:
     wanted = (*groups, ())  # every token of a group goes to every shard of its cache
     if tokens == wanted:
         if any(rows):
-            return call(ops._replace(slots=here(ops.slots)), indices_mode="drop")
-        return call(ops)
+            return call.run(ops._replace(slots=here(ops.slots)), indices_mode="drop")
+        return call.run(ops)
 
     # The cache stays: the tokens' rows are quantised where the tokens are, and travel.
     T = ops.slots.shape[-1]
     landing = jnp.zeros((*ops.slots.shape, *ops.k_cache.shape[-2:]), jnp.int8)
     in_order = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), ops.slots.shape)
-    q, k, v, k_rows, v_rows = call(ops._replace(k_cache=landing, v_cache=landing, slots=in_order))
+    q, k, v, k_rows, v_rows = call.run(
+        ops._replace(k_cache=landing, v_cache=landing, slots=in_order)
+    )
     slots, k_rows, v_rows = (move(a, tokens, wanted, shards) for a in (ops.slots, k_rows, v_rows))
     write = functools.partial(write_rows, slots=here(slots), mode="drop")
     return q, k, v, write(ops.k_cache, rows=k_rows), write(ops.v_cache, rows=v_rows)

@@ -26,14 +26,18 @@ FAILURES = [
     ([("aclDestroyTensor", 561103, 0)], "aclDestroyTensor failed with 561103 .ACLNN_ERR_INNER_NUL"),
     ([("aclDestroyTensor", 561103, 11)], "aclDestroyTensor failed with 561103"),
     ([("aclDestroyIntArray", 561000, 0)], "aclDestroyIntArray failed with 561000 .ACLNN_ERR_INNER"),
-    ([("scratch", 1, 0)], "workspace of 16777216 bytes could not be allocated on the device"),
+    (
+        [("scratch", 1, 0)],
+        r"workspace of 16777216 bytes could not be allocated on the device \(Failed to allocate "
+        r"scratch memory: the stand-in device is out of memory\)\. Caches donated",
+    ),
     (
         [("scratch", 1, 0), ("aclSetAclOpExecutorRepeatable", 561000, 0)],
-        "could not be allocated on the device. Then aclSetAclOpExecutorRepeatable failed with",
+        r"stand-in device is out of memory\)\. Then aclSetAclOpExecutorRepeatable failed with",
     ),
     (
         [("scratch", 1, 0), ("aclDestroyAclOpExecutor", 561000, 0)],
-        "could not be allocated on the device. Then aclDestroyAclOpExecutor failed with 561000",
+        r"stand-in device is out of memory\)\. Then aclDestroyAclOpExecutor failed with 561000",
     ),
     (
         [(LAUNCH, 561000, 0), ("aclGetRecentErrMsg", 1, 0)],
@@ -47,7 +51,7 @@ STATUSES = [
     (561000, "ACLNN_ERR_INNER", "INTERNAL", ""),
     (561001, "ACLNN_ERR_INNER_INFERSHAPE_ERROR", "INTERNAL", ""),
     (561002, "ACLNN_ERR_INNER_TILING_ERROR", "INTERNAL", ""),
-    (561003, "ACLNN_ERR_INNER_FIND_KERNEL_ERROR", "INTERNAL", "Atlas A2"),
+    (561003, "ACLNN_ERR_INNER_FIND_KERNEL_ERROR", "INTERNAL", "Atlas A2, 800I A2 or A3"),
     (561101, "ACLNN_ERR_INNER_CREATE_EXECUTOR", "INTERNAL", ""),
     (561102, "ACLNN_ERR_INNER_NOT_TRANS_EXECUTOR", "INTERNAL", ""),
     (561103, "ACLNN_ERR_INNER_NULLPTR", "INTERNAL", ""),

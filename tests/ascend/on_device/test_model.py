@@ -12,11 +12,12 @@ import pytest
 from support.internals import api
 from support.results import assert_results
 
-from jax_kvcache.model import forward, load_model, new_cache
+from jax_kvcache.checkpoints import load_demo
+from jax_kvcache.model import forward, new_cache
 from jax_kvcache.model.evaluate import BATCH, cut_windows, nll_int8_cache
 from jax_kvcache.model.generate import generate
 
-PROMPT = b"class Parser:\n    def __init__(self"
+PROMPT = np.frombuffer(b"class Parser:\n    def __init__(self", np.uint8).astype(np.int32)
 TOKENS = 64
 NEAR_TIE = 1e-3  # of two logits: the matmuls come from another build of XLA
 NLL_TOLERANCE = 1e-3  # nats per byte, as for the matmuls
@@ -30,13 +31,13 @@ def on_cpu():
 def models():
     """The model on the device, and on the CPU."""
     with on_cpu():
-        cpu = load_model()
-    return load_model(), cpu
+        cpu = load_demo()
+    return load_demo(), cpu
 
 
 def greedy(model, tokens):
     steps = generate(model, new_cache(model, 1), PROMPT, temperature=0, seed=0)
-    return [int(step.byte[0]) for step in itertools.islice(steps, tokens)]
+    return [int(step.token[0]) for step in itertools.islice(steps, tokens)]
 
 
 @pytest.mark.ascend_device
@@ -49,19 +50,10 @@ def test_decoding(launches):
         first = next((i for i in range(TOKENS) if written[i] != expected[i]), None)
         if first is None:
             return
-        text = np.frombuffer(PROMPT + bytes(expected[:first]), np.uint8).astype(np.int32)
+        text = np.concatenate([PROMPT, np.array(expected[:first], np.int32)])
         start = jnp.zeros(1, jnp.int32)
         logits = forward(cpu, jnp.asarray(text[None]), new_cache(cpu, 1), start)[0][0, -1]
     assert abs(logits[written[first]] - logits[expected[first]]) < NEAR_TIE
-
-
-def unrolled_scan(step, carry, inputs):
-    """jax.lax.scan as a Python loop, so that what a step sees can leave it."""
-    outputs = []
-    for i in range(len(jax.tree.leaves(inputs)[0])):
-        carry, output = step(carry, jax.tree.map(lambda a, i=i: a[i], inputs))
-        outputs.append(output)
-    return carry, outputs
 
 
 @pytest.mark.ascend_device
@@ -82,11 +74,10 @@ def test_the_operator_at_every_layer(monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(api, "bind", recording)
-            patch.setattr(jax.lax, "scan", unrolled_scan)
             forward(model, tokens, cache, jnp.zeros(1, jnp.int32), implementation="ffi")
         return layers
 
-    tokens = jnp.asarray(np.frombuffer(PROMPT, np.uint8).astype(np.int32)[None])
+    tokens = jnp.asarray(PROMPT[None])
     layers = jax.device_get(jax.jit(record)(device, tokens, new_cache(device, 1)))
     assert len(layers) == len(options_seen) == device.config.n_layers
     with on_cpu():

@@ -18,6 +18,9 @@ def array(shape, dtype=F32):
     return np.ones(shape, dtype)
 
 
+APART = tuple(array((2, 3, width), I32) for width in (256, 128, 128))
+WEIGHTS_APART = tuple(array((width,)) for width in (256, 128, 128))
+
 CASES = {
     # what is wrong: (changed arguments, error, message)
     "x_missing": ({"x": None}, TypeError, "`x` is required, got None"),
@@ -171,6 +174,57 @@ CASES = {
         ValueError,
         "must add up to H = 512, got .* with sum 448",
     ),
+    "num_q_heads": (
+        {"num_q_heads": 5},
+        ValueError,
+        r"D = 576 with Nq = `num_q_heads` = 5, .*got H = 512, which is Nq = 4",
+    ),
+    "num_q_heads_type": (
+        {"num_q_heads": True},
+        TypeError,
+        "`num_q_heads` must be an int, got True",
+    ),
+    "qkv_shards_type": ({"qkv_shards": 2.0}, TypeError, "`qkv_shards` must be an int, got 2.0"),
+    "qkv_shards": (
+        {"qkv_shards": 2},
+        ValueError,
+        "`qkv_shards` must be 1 or None outside .* got 2. Undo the interleaving with `deinter",
+    ),
+    "x_apart_alone": (
+        {"x": APART},
+        TypeError,
+        r"`weight_scale` must be a tuple \(q, k, v\), as `x` is, got one array",
+    ),
+    "weight_scale_apart_alone": (
+        {"weight_scale": (array((512,)),) * 3},
+        TypeError,
+        "`weight_scale` must be one array, as `x` is, got a tuple of 3",
+    ),
+    "x_of_two": (
+        {"x": APART[:2], "weight_scale": WEIGHTS_APART},
+        TypeError,
+        r"`x` must be one array or a tuple \(q, k, v\) of three, got \(ndarray, ndarray\)",
+    ),
+    "x_of_dtypes": (
+        {"x": (*APART[:2], array((2, 3, 128))), "weight_scale": WEIGHTS_APART},
+        TypeError,
+        "`x` must have one dtype for q, k and v, got int32, int32 and float32",
+    ),
+    "x_of_widths": (
+        {"x": (*APART[:2], array((2, 3, 64), I32)), "weight_scale": WEIGHTS_APART},
+        ValueError,
+        r"must be 256, 128 and 128, got \[2, 3, 256\] and \[2, 3, 128\] and \[2, 3, 64\]",
+    ),
+    "weight_scale_of_widths": (
+        {"x": APART, "weight_scale": (array((192,)), *WEIGHTS_APART[1:])},
+        ValueError,
+        r"`weight_scale` as \(q, k, v\) .* must be 256, 128 and 128, got \[192\] and \[128\]",
+    ),
+    "x_apart_with_an_order": (
+        {"x": APART, "weight_scale": WEIGHTS_APART, "qkv_shards": 1},
+        TypeError,
+        r"`qkv_shards` must be None where `x` is a tuple",
+    ),
     "quant_mode": ({"quant_mode": "dynamic"}, ValueError, "`quant_mode` must be 'static', got 'd"),
     "layout": ({"layout": "BNSD"}, ValueError, "`layout` must be 'BSND', got 'BNSD'"),
     "cache_mode": (
@@ -199,6 +253,25 @@ def test_wrong_call(case, function):
     changed, error, message = CASES[case]
     with pytest.raises(error, match=message):
         function(**calls.ones(**SIZES) | changed)
+
+
+@pytest.mark.parametrize("function", [lambda f: f, jax.jit])
+@pytest.mark.parametrize(
+    ("ignored", "message"),
+    [
+        (("bias",), "`bias` has no effect where `x` is bfloat16"),
+        (("weight_scale", "activation_scale"), "`weight_scale` and `activation_scale` have no eff"),
+    ],
+)
+def test_one_warning_for_what_has_no_effect_on_a_float_x(ignored, message, function):
+    call = calls.ones(**SIZES, x_dtype=jnp.bfloat16)
+    shapes = {"bias": (512,), "weight_scale": (512,), "activation_scale": (2, 3)}
+    more = {name: jnp.full(shapes[name], 7.0) for name in ignored}
+    with pytest.warns(UserWarning, match=message) as warned:
+        q = function(lambda call: dequant_rope_quant_kvcache(**call))(call | more).q
+    assert len(warned) == 1
+    assert warned[0].filename == __file__
+    np.testing.assert_array_equal(q, dequant_rope_quant_kvcache(**call).q)
 
 
 @pytest.mark.parametrize("function", [dequant_rope_quant_kvcache, jax_kvcache.explain])

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from support import cases, golden_calls, process
+from support import cases, golden_calls, modes, process
 
 from jax_kvcache import dequant_rope_quant_kvcache
 
@@ -19,13 +19,7 @@ def check(name, implementation, transform=lambda f: f):
     cases.golden(name)._replace(transform=on_jax_arrays).run(implementation)
 
 
-MODES = {
-    "x64": lambda: jax.enable_x64(True),
-    "strict_promotion": lambda: jax.numpy_dtype_promotion("strict"),
-    "rank_promotion_raises": lambda: jax.numpy_rank_promotion("raise"),
-    "no_jit": lambda: jax.disable_jit(),
-    "checking_leaks": lambda: jax.checking_leaks(),
-}
+MODES = modes.MODES | {"checking_leaks": jax.checking_leaks}
 
 
 @pytest.mark.parametrize("implementation", ["xla", "ffi"])

@@ -9,14 +9,13 @@ import pytest
 from jax import lax
 from support import hlo, oracle
 from support.internals import Operands, WriteOptions, primitive
-from support.results import assert_results
+from support.results import OF_A_STEP, assert_results
 
 from jax_kvcache import dequant_rope_quant_kvcache
 
 B, Nq, Nkv, D, C2, STEPS, L = 2, 2, 1, 16, 4096, 3, 3
 H = (Nq + 2 * Nkv) * D
 MODES = {"contiguous": B, "page": 3}  # mode: C1
-NAMES = ("q", "k_cache", "v_cache")  # what every loop returns
 
 
 @functools.cache
@@ -127,7 +126,7 @@ def test_loop(loop, cache_mode, implementation):
     compiled = run.lower(caches, steps, params).compile()
     hlo.assert_in_place(compiled, caches[0].size)
     results = compiled(jax.tree.map(jnp.asarray, caches), steps, params)
-    assert_results(results, expected(cache_mode), names=NAMES)
+    assert_results(results, expected(cache_mode), names=OF_A_STEP)
 
 
 @pytest.mark.parametrize("implementation", ["xla", "ffi"])
@@ -168,4 +167,4 @@ def test_scan_over_layers(implementation):
             **step, **params, k_cache=before[0][i], v_cache=before[1][i], cache_mode="page"
         )
         actual = (q[i], after[0][i], after[1][i])
-        assert_results(actual, want[:1] + want[3:], f"layer {i}", NAMES)
+        assert_results(actual, want[:1] + want[3:], f"layer {i}", OF_A_STEP)

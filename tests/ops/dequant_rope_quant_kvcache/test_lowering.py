@@ -11,7 +11,8 @@ from support import calls, process
 from support.internals import mesh
 
 from jax_kvcache import KVCache, dequant_rope_quant_kvcache
-from jax_kvcache.model import forward, load_model
+from jax_kvcache.checkpoints import load_demo
+from jax_kvcache.model import forward
 
 
 @pytest.fixture
@@ -50,7 +51,7 @@ def test_one_lowering_for_all_layers(kind, lowerings):
 
 
 def test_the_demo_models_layers_share_one(lowerings):
-    model = load_model()
+    model = load_demo()
     config = model.config
     cache = KVCache.create(
         1, 16, config.n_kv_heads, config.head_dim, layers=config.n_layers, **model.cache_params

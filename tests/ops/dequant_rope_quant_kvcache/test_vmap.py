@@ -60,3 +60,14 @@ def test_spmd_axis_name(implementation):
     result = step(values)
     assert result.k_cache.sharding.spec[0] == "steps"
     assert_results(result, [want[0] for want in expected])
+
+
+@pytest.mark.parametrize("implementation", ["xla", "ffi"])
+def test_vmap_over_nothing(implementation):
+    one = calls.arguments(B=1, S=1, Nq=1, Nkv=1, D=2, C1=1, C2=8, x_dtype=np.float32)
+    nothing = {name: np.zeros((0, *a.shape), a.dtype) for name, a in one.items()}
+    result = jax.vmap(
+        lambda call: dequant_rope_quant_kvcache(**call, implementation=implementation)
+    )(nothing)
+    assert result.q.shape == (0, 1, 1, 1, 2)
+    assert result.k_cache.shape == (0, 1, 8, 1, 2)
