@@ -12,6 +12,7 @@ from jax_kvcache.backends import library
 from jax_kvcache.cli import CommandError, bench_ascend, bench_attention, bench_gpu, bench_steps
 from jax_kvcache.cli import bench_cases as cases
 from jax_kvcache.cli.bench_attention import ATTENTION_CASES, AttentionCase
+from jax_kvcache.cli.bench_table import table
 from jax_kvcache.cli.bench_timing import Contestant, Rounds
 from jax_kvcache.cli.output import figure_file
 from jax_kvcache.ops.dequant_rope_quant_kvcache.primitive import NAME
@@ -19,7 +20,6 @@ from jax_kvcache.ops.dequant_rope_quant_kvcache.primitive import NAME
 ROTATED_BYTES = 256 << 20  # several last-level caches: buffers this far apart come from memory
 CACHE_FACTOR = 16
 PLOTTED = ("ffi", "xla", "obvious", "empty", "memcpy")
-EXTRA = ("threads", "page_faults")
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -161,7 +161,7 @@ def run(arguments: argparse.Namespace) -> None:
         report = _measure_all(arguments)
         if pyplot is not None:
             _plot(pyplot, report["shapes"])
-    print(json.dumps(report, indent=2) if arguments.json else _table(report))
+    print(json.dumps(report, indent=2) if arguments.json else table(report))
 
 
 def _measure_all(arguments: argparse.Namespace) -> dict:
@@ -177,19 +177,6 @@ def _measure_all(arguments: argparse.Namespace) -> dict:
                 write = cases.CASES[name]
                 results[name] = measure(write, arguments.rounds, arguments.rotate, bar.update)
     return {"simd": library.simd(), "rotate": arguments.rotate, "shapes": results}
-
-
-def _table(report: dict) -> str:
-    """The report as text: a line of times and a line of ratios per shape."""
-    lines = [f"microseconds per call (median); {report['simd']}"]
-    for name, result in report["shapes"].items():
-        lines.append(
-            f"\n{name}: {result['bytes'] / 1e6:.2f} MB, {result['gigabytes_per_second']:.1f} GB/s"
-            + "".join(f", {result[k]:.0f} {k}".replace("_", " ") for k in EXTRA if k in result)
-        )
-        lines.append("  " + "  ".join(f"{k} {v:.1f}" for k, v in result["microseconds"].items()))
-        lines.append("  " + "  ".join(f"{k} {v:.2f}" for k, v in result["ratios"].items()))
-    return "\n".join(lines)
 
 
 def _plot(pyplot, results: dict[str, dict]) -> None:

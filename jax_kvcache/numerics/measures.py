@@ -1,11 +1,13 @@
 """What quantisation costs: errors of the values, of attention, and of what a model predicts."""
 
 import dataclasses
+from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from jax_kvcache.export import (
     register_dataclass_serialization,
@@ -16,16 +18,16 @@ from jax_kvcache.numerics.observers import check_same_channels, tokens_first
 from jax_kvcache.ops.checks import check_shape
 
 
-def decibels(signal, noise):
+def decibels(signal: jax.Array, noise: jax.Array) -> jax.Array:
     """10 * log10(signal / noise) of two powers; inf where there is no noise."""
     return 10 * jnp.log10(signal / noise)
 
 
-def _ratio(part, whole):
+def _ratio(part: jax.Array, whole: jax.Array) -> jax.Array:
     return part.astype(jnp.float32) / whole.astype(jnp.float32)
 
 
-def _check_alike(name, value, of_name, of):
+def _check_alike(name: str, value: jax.Array, of_name: str, of: jax.Array) -> None:
     """Raises ValueError unless two arrays have one shape: broadcasting would compare others."""
     if value.shape != of.shape:
         raise ValueError(
@@ -34,7 +36,9 @@ def _check_alike(name, value, of_name, of):
         )
 
 
-def sqnr(values, approximation, axis=None):
+def sqnr(
+    values: jax.Array, approximation: jax.Array, axis: int | tuple[int, ...] | None = None
+) -> jax.Array:
     """Signal-to-quantisation-noise ratio in decibels, over `axis` (all by default).
 
     Raises:
@@ -87,14 +91,16 @@ class ErrorObserver:
     histogram: jax.Array
 
     @classmethod
-    def create(cls, channels):
+    def create(cls, channels: Sequence[int]) -> Self:
         """An observer of values [..., *channels] that has seen nothing."""
         zero = jnp.zeros(channels, jnp.float32)
         return cls(
             zero, zero, zero, jnp.zeros(channels, jnp.int32), jnp.zeros((*channels, 256), jnp.int32)
         )
 
-    def update(self, values, scale, offset=None):
+    def update(
+        self, values: jax.Array, scale: jax.Array, offset: jax.Array | None = None
+    ) -> "ErrorObserver":
         """The observer that has also seen `values` [..., *channels] quantised so."""
         channels = self.signal.shape
         values = tokens_first(values, channels)
@@ -122,7 +128,7 @@ class ErrorObserver:
             flat.reshape(self.histogram.shape),
         )
 
-    def merge(self, other):
+    def merge(self, other: "ErrorObserver") -> "ErrorObserver":
         """The observer of the union; the float32 sums are equal but for their rounding."""
         check_same_channels(self.signal.shape, other.signal.shape)
         return ErrorObserver(
@@ -133,7 +139,7 @@ class ErrorObserver:
             self.histogram + other.histogram,
         )
 
-    def layer(self, index):
+    def layer(self, index: int) -> "ErrorObserver":
         """The observer of one entry of the first channel dimension."""
         return jax.tree.map(lambda leaf: leaf[index], self)
 
@@ -169,7 +175,7 @@ class AttentionError(NamedTuple):
     output_sqnr: jax.Array
 
 
-def _causal_attention(q, k, v):
+def _causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Weights [Nkv, group, T, T] and output [T, Nkv, group, D], in float32."""
     num_kv_heads, head_dim = k.shape[-2:]
     q = q.astype(jnp.float32).reshape(len(q), num_kv_heads, -1, head_dim)
@@ -179,7 +185,13 @@ def _causal_attention(q, k, v):
     return weights, jnp.einsum("ngts,snd->tngd", weights, v.astype(jnp.float32))
 
 
-def attention_error(q, k, v, k_approximation, v_approximation) -> AttentionError:
+def attention_error(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    k_approximation: jax.Array,
+    v_approximation: jax.Array,
+) -> AttentionError:
     """Causal attention over the approximations against attention over k and v.
 
     Args:
@@ -207,7 +219,7 @@ def attention_error(q, k, v, k_approximation, v_approximation) -> AttentionError
     )
 
 
-def token_agreement(logits, baseline):
+def token_agreement(logits: jax.Array, baseline: jax.Array) -> jax.Array:
     """Share of positions where both logits [..., vocabulary] have the same largest entry.
 
     Raises:
@@ -217,7 +229,7 @@ def token_agreement(logits, baseline):
     return jnp.mean(jnp.argmax(logits, -1) == jnp.argmax(baseline, -1), dtype=jnp.float32)
 
 
-def divergence(logits, baseline):
+def divergence(logits: jax.Array, baseline: jax.Array) -> jax.Array:
     """Kullback-Leibler divergence from the baseline's predictions, in nats per position.
 
     It is the increase of the nll on text drawn from the baseline model itself, in expectation: it
@@ -246,7 +258,7 @@ class PairedDifference(NamedTuple):
     standard_error: jax.Array
 
 
-def paired_difference(values, baseline) -> PairedDifference:
+def paired_difference(values: ArrayLike, baseline: ArrayLike) -> PairedDifference:
     """Compares two runs window by window, which takes out how hard each window is.
 
     Args:
