@@ -13,7 +13,12 @@ from jax.experimental.xla_metadata import set_xla_metadata
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jax_kvcache import backends
-from jax_kvcache._compat import is_export, num_automatic_devices
+from jax_kvcache._compat import (
+    is_export,
+    keep_sharding_of,
+    nests_manual_axes,
+    num_automatic_devices,
+)
 from jax_kvcache.ops.indexing import take_one
 from jax_kvcache.ops.operands import Axes, table
 from jax_kvcache.version import __version__
@@ -88,8 +93,11 @@ class Sharding:
         cache to move.
       operand_specs: (layout, operands) -> the PartitionSpec of every operand of one shard.
       result_specs: (layout, shapes) -> the PartitionSpec of every result.
-      rule: (operands, results) -> Shardy's rule, of things with a shape.
+      rule: (operands, results, options) -> Shardy's rule, of things with a shape, and the sizes of
+        the factors that it multiplies.
       shard: (operands, call, layout, mesh) -> the results of one shard, by `call.run`.
+      settled: operands that have their sharding from what comes before alone: the rule says what
+        follows from it, and nothing that follows changes it.
       plain_is_fine: whether the reference's operations do, left to XLA's own partitioner, where
         there is no custom partitioning; otherwise that is an error.
     """
@@ -97,8 +105,9 @@ class Sharding:
     layout: Callable[[Any, Any, Any, Any], Any]
     operand_specs: Callable[[Any, Any], tuple[PartitionSpec, ...]]
     result_specs: Callable[[Any, Sequence[Any]], tuple[PartitionSpec, ...]]
-    rule: Callable[[Any, Sequence[Any]], str]
+    rule: Callable[[Any, Sequence[Any], Any], tuple[str, dict[str, int]]]
     shard: Callable[[Any, "Call", Any, Any], Sequence[jax.Array]]
+    settled: tuple[str, ...] = ()
     plain_is_fine: bool = False
 
 
@@ -180,10 +189,13 @@ def _automatic(call: Call, sharding: Sharding, avals_out, *operands):
         )
 
     partitioned = custom_partitioning(lambda *operands: tuple(call.run_positional(*operands)))
-    ops: Any = call.operands(*map(jax.typeof, operands))
-    partitioned.def_partition(partition, sharding_rule=sharding.rule(ops, avals_out))
+    types: Any = call.operands(*map(jax.typeof, operands))
+    rule, sizes = sharding.rule(types, avals_out, call.options)
+    partitioned.def_partition(partition, sharding_rule=rule, **sizes)
+    ops = call.operands(*operands)
+    settled = {name: keep_sharding_of(getattr(ops, name)) for name in sharding.settled}
     with set_xla_metadata(**{call.name: body_name}):
-        return list(partitioned(*operands))
+        return list(partitioned(*ops._replace(**settled)))
 
 
 def _axes_named(mesh, axis_type):
@@ -207,6 +219,12 @@ def no_partitioning(name: str, mesh: Any, num_devices: int, platforms: Any, expo
             f"{name} cannot mix automatic mesh axes {automatic} with manual or "
             f"explicit ones {manual + explicit}. Make them all manual (`axis_names` of "
             "jax.shard_map) or explicit."
+        )
+    if explicit and manual and not nests_manual_axes():
+        return (
+            f"{name} cannot have explicit mesh axes {explicit} beside manual ones {manual} with "
+            f"JAX {jax.__version__}. Make them all manual (`axis_names` of jax.shard_map), or use "
+            "JAX 0.10 or newer."
         )
     if explicit or num_devices == 1:
         return None

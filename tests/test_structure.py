@@ -44,7 +44,7 @@ LAYERS = [
 ]
 
 # What tests may import directly; everything else comes through support/internals.py.
-PUBLIC_MODULES = ("numerics", "model", "cli", "testing", "__main__")
+PUBLIC_MODULES = ("checkpoints", "numerics", "model", "cli", "testing", "__main__")
 INTERNALS = "support/internals.py"
 
 # Repeated runs that stay, by the two modules (or one) and the run's first line, with the reason.

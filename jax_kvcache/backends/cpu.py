@@ -8,7 +8,10 @@ CPU = Backend(
     lowered_as=("cpu",),
     registered_as=("cpu",),
     reported_as=("cpu",),
-    targets={"dequant_rope_quant_kvcache": Target("dequant_rope_quant_kvcache_cpu")},
+    targets={
+        "dequant_rope_quant_kvcache": Target("dequant_rope_quant_kvcache_cpu"),
+        "decode_attention": Target("decode_attention_cpu"),
+    },
     unavailable=library.missing,
     is_here=lambda: True,
     lowers_elsewhere=False,

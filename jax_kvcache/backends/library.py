@@ -13,6 +13,7 @@ import jax
 NAME = "libjax_kvcache.so"
 BENCH_NAME = "libjax_kvcache_bench.so"  # what the benchmark compares with, beside it
 _SYMBOLS = (  # what ffi/exports.map exports in every build
+    "decode_attention_cpu",
     "dequant_rope_quant_kvcache_cpu",
     "dequant_rope_quant_kvcache_ascend",
     "jax_kvcache_cann",

@@ -112,5 +112,8 @@ def new_cache(model: Model, batch: int, length: int | None = None) -> KVCache | 
     layers, heads, head_dim = config.n_layers, config.n_kv_heads, config.head_dim
     if model.cache_params is None:
         return FloatCache.create((layers, batch, rows, heads, head_dim))
-    sizes = {"layers": layers, "num_q_heads": config.n_q_heads}
-    return KVCache.create(batch, rows, heads, head_dim, **sizes, **model.cache_params)
+    q_heads = config.n_q_heads
+    params = model.cache_params
+    return KVCache.create(
+        batch, rows, heads, head_dim, layers=layers, num_q_heads=q_heads, **params
+    )

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_kvcache.rope import rope_tables
+from jax_kvcache import rope_tables
 
 RANDOM = np.random.default_rng(0).integers(0, 2**31, 2000)
 POSITIONS = np.concatenate(

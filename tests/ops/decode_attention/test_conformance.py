@@ -9,7 +9,7 @@ from support.attention import BF16, CALLS, Call
 
 from jax_kvcache import decode_attention, merge_attention
 
-IMPLEMENTATIONS = ["xla"]
+IMPLEMENTATIONS = ["xla", "ffi"]
 each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 
 
