@@ -1,4 +1,4 @@
-"""What the Ascend handler costs the host per call, on the stand-in with a CANN that does nothing."""
+"""What the Ascend handler costs the host per call, over a stand-in CANN that does nothing."""
 
 import statistics
 

@@ -2,7 +2,7 @@
 
 # ruff: noqa: F401
 from jax_kvcache import _compat as compat
-from jax_kvcache import backends, mesh
+from jax_kvcache import backends, mesh, modes
 from jax_kvcache.backends import ascend, ascend_plugin, cuda, library, pjrt
 from jax_kvcache.cli import bench_gpu
 from jax_kvcache.model import calibrate as calibrate_model
