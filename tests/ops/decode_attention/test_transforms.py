@@ -124,7 +124,7 @@ def test_derivative_by_the_scales():
 
 @each_kind
 def test_exported_over_an_automatic_mesh(kind):
-    """Custom partitioning cannot be exported; the reference's operations can, and XLA spreads them."""
+    """Custom partitioning cannot be exported; the reference is, and XLA spreads it."""
     q, cache, keywords = drawn(kind, B=4)
     mesh = jax.make_mesh((4,), ("dp",), (AxisType.Auto,))
     where = NamedSharding(mesh, P())
