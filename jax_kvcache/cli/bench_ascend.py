@@ -1,4 +1,4 @@
-"""What the Ascend handler costs the host per call, on the stand-in with a CANN that does nothing."""
+"""The Ascend handler's cost to the host per call: the stand-in, with a CANN that does nothing."""
 
 import statistics
 
