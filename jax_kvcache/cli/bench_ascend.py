@@ -1,4 +1,4 @@
-"""The Ascend handler's cost to the host per call: the stand-in, with a CANN that does nothing."""
+"""What the Ascend handler costs the host per call, over a stand-in CANN that does nothing."""
 
 import statistics
 
