@@ -13,6 +13,7 @@ from jax_kvcache.export import register_namedtuple_serialization
 from jax_kvcache.numerics.observers import MinMax, Sketch, check_channels
 from jax_kvcache.ops.checks import check_choice, check_shape
 from jax_kvcache.ops.dequant_rope_quant_kvcache.reference import quantize_int8
+from jax_kvcache.ops.indexing import take_one
 
 Method = Literal["absmax", "minmax", "percentile", "mse"]
 Key = TypeVar("Key")
@@ -226,5 +227,12 @@ def _from_search(sketch: Sketch, tried: np.ndarray, symmetric: bool) -> Calibrat
         return jnp.sum(weights * noise * noise, axis=(0, 1))
 
     ratios = jnp.asarray(np.sort(tried)[::-1].copy(), jnp.float32)  # of equal errors, the widest
-    best = jnp.argmin(lax.map(error, ratios), axis=0)
-    return parameters(ratios[best])
+
+    def keep_better(number, kept):
+        ratio = take_one(ratios, number)
+        errors = error(ratio)
+        better = errors < kept[0]
+        return jnp.where(better, errors, kept[0]), jnp.where(better, ratio, kept[1])
+
+    none = (jnp.full_like(half, jnp.inf), jnp.full_like(half, ratios[0]))
+    return parameters(lax.fori_loop(0, len(ratios), keep_better, none)[1])
