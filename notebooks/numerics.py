@@ -17,9 +17,9 @@ import numpy as np
 
 from jax_kvcache import numerics
 from jax_kvcache.checkpoints import load_demo
+from jax_kvcache.model import calibrate as demo_model
 from jax_kvcache.model import forward_float
 from jax_kvcache.model.evaluate import cut_windows
-from jax_kvcache.numerics import demo_model
 
 plt.rcParams.update({"figure.dpi": 80, "font.size": 11, "axes.grid": True, "grid.alpha": 0.3})
 BLUE, ORANGE, GREEN, VERMILION, PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7"
