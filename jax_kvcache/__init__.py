@@ -17,8 +17,8 @@ What goes into a call:
   projection's columns inside `jax.shard_map`; `local_slots`: a device's own rows there
 - `jax_kvcache.numerics` (a module to import): scales, and what they cost
 
-To export a program that calls an operator: `disabled_export_checks`.
-On the command line: `python -m jax_kvcache`.
+To export a program that calls an operator: `disabled_export_checks`. On the command line:
+`python -m jax_kvcache`.
 """
 
 from jax_kvcache.caches import BlockAllocator as BlockAllocator

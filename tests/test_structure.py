@@ -26,6 +26,7 @@ LAYERS = [
     "export",
     "ops.implementation",
     "mesh",
+    "modes",
     "ops.operator",
     "ops.dequant_rope_quant_kvcache",
     "caches",

@@ -170,7 +170,8 @@ def _embed(model: Model, tokens: jax.Array) -> jax.Array:
 
 
 def _rms_norm(x: jax.Array, gain: jax.Array, eps: float) -> jax.Array:
-    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps) * gain
+    normed = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+    return normed * jnp.expand_dims(gain, range(x.ndim - 1))
 
 
 def passes_floats(layer: Layer) -> bool:

@@ -23,10 +23,10 @@ from jax_kvcache.numerics.calibration import FakeQuantized as FakeQuantized
 from jax_kvcache.numerics.calibration import calibrate as calibrate
 from jax_kvcache.numerics.calibration import fake_quantize as fake_quantize
 from jax_kvcache.numerics.calibration import scale_and_offset as scale_and_offset
+from jax_kvcache.numerics.error_observer import ErrorObserver as ErrorObserver
+from jax_kvcache.numerics.error_observer import ErrorReport as ErrorReport
 from jax_kvcache.numerics.formats import FORMATS as FORMATS
 from jax_kvcache.numerics.measures import AttentionError as AttentionError
-from jax_kvcache.numerics.measures import ErrorObserver as ErrorObserver
-from jax_kvcache.numerics.measures import ErrorReport as ErrorReport
 from jax_kvcache.numerics.measures import PairedDifference as PairedDifference
 from jax_kvcache.numerics.measures import attention_error as attention_error
 from jax_kvcache.numerics.measures import divergence as divergence

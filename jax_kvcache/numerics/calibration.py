@@ -13,6 +13,7 @@ from jax_kvcache.export import register_namedtuple_serialization
 from jax_kvcache.numerics.observers import MinMax, Sketch, check_channels
 from jax_kvcache.ops.checks import check_choice, check_shape
 from jax_kvcache.ops.dequant_rope_quant_kvcache.reference import quantize_int8
+from jax_kvcache.ops.indexing import take_one
 
 Method = Literal["absmax", "minmax", "percentile", "mse"]
 Key = TypeVar("Key")
@@ -74,7 +75,10 @@ def fake_quantize(
     flat_offset = None if offset is None else offset.reshape(1, -1)
     codes = quantize_int8(rows, flat_scale, flat_offset).reshape(values.shape)
     steps = codes.astype(jnp.float32)
-    return FakeQuantized(codes, (steps if offset is None else steps - offset) * scale)
+    ones = (1,) * (values.ndim - scale.ndim)
+    if offset is not None:
+        steps = steps - offset.reshape(*ones, *offset.shape)
+    return FakeQuantized(codes, steps * scale.reshape(*ones, *scale.shape))
 
 
 def scale_and_offset(
@@ -205,10 +209,10 @@ def _from_search(sketch: Sketch, tried: np.ndarray, symmetric: bool) -> Calibrat
     """Tries every ratio on points spread evenly inside the buckets, weighted by the counts."""
     seen = sketch.range
     low_edges, high_edges = sketch.edges()
-    parts = (jnp.arange(_POINTS_PER_BUCKET) + 0.5) / _POINTS_PER_BUCKET
-    points = low_edges[:, None] + (high_edges - low_edges)[:, None] * parts  # [buckets, parts]
-    ones = (1,) * seen.low.ndim
-    points = jnp.clip(points.reshape(*points.shape, *ones), seen.low, seen.high)
+    parts = (jnp.arange(_POINTS_PER_BUCKET, dtype=jnp.float32) + 0.5) / _POINTS_PER_BUCKET
+    points = low_edges[:, None] + (high_edges - low_edges)[:, None] * parts[None, :]
+    points = points.reshape(*points.shape, *(1,) * seen.low.ndim)  # [buckets, parts, ..]
+    points = jnp.clip(points, seen.low[None, None], seen.high[None, None])
     weights = jnp.moveaxis(sketch.counts, -1, 0)[:, None].astype(jnp.float32)
 
     magnitude = seen.absolute_maximum()
@@ -223,5 +227,12 @@ def _from_search(sketch: Sketch, tried: np.ndarray, symmetric: bool) -> Calibrat
         return jnp.sum(weights * noise * noise, axis=(0, 1))
 
     ratios = jnp.asarray(np.sort(tried)[::-1].copy(), jnp.float32)  # of equal errors, the widest
-    best = jnp.argmin(lax.map(error, ratios), axis=0)
-    return parameters(ratios[best])
+
+    def keep_better(number, kept):
+        ratio = take_one(ratios, number)
+        errors = error(ratio)
+        better = errors < kept[0]
+        return jnp.where(better, errors, kept[0]), jnp.where(better, ratio, kept[1])
+
+    none = (jnp.full_like(half, jnp.inf), jnp.full_like(half, ratios[0]))
+    return parameters(lax.fori_loop(0, len(ratios), keep_better, none)[1])

@@ -32,7 +32,8 @@ def int8_per_token(values: jax.Array, calibration: Calibration) -> jax.Array:
 
 def int4_per_channel(values: jax.Array, calibration: Calibration) -> jax.Array:
     """As `int8_per_channel` without offset, with codes -8 .. 7 over the same range."""
-    step = calibration.scale * (127 / 7)
+    scale = calibration.scale
+    step = (scale * (127 / 7)).reshape(*(1,) * (values.ndim - scale.ndim), *scale.shape)
     return jnp.clip(jnp.round(values.astype(jnp.float32) / step), -8, 7) * step
 
 

@@ -62,7 +62,7 @@ class MinMax:
     @classmethod
     def create(cls, channels: Sequence[int]) -> Self:
         """An observer of values [..., *channels] that has seen nothing."""
-        return cls(jnp.full(channels, jnp.inf), jnp.full(channels, -jnp.inf))
+        return cls(*(jnp.full(channels, end, jnp.float32) for end in (jnp.inf, -jnp.inf)))
 
     def update(self, values: jax.Array) -> "MinMax":
         """The observer that has also seen `values` [..., *channels], of any float dtype."""
@@ -133,7 +133,7 @@ class Sketch:
         bucket = jnp.where(values < 0, half - 1 - magnitude, half + magnitude)
         bucket = bucket.reshape(len(values), -1)
         flat = self.counts.reshape(-1, 2 * half)
-        flat = flat.at[jnp.arange(len(flat))[None, :], bucket].add(
+        flat = flat.at[jnp.arange(len(flat), dtype=jnp.int32)[None, :], bucket].add(
             jnp.isfinite(values).reshape(bucket.shape).astype(jnp.int32)
         )
         return dataclasses.replace(
@@ -178,8 +178,10 @@ class Sketch:
     def edges(self) -> tuple[jax.Array, jax.Array]:
         """Lower and upper edge of each bucket, [2 * n] float32 each."""
         half = self.counts.shape[-1] // 2
-        bits = (jnp.arange(half + 1) + self._first_bucket()) << (_MANTISSA_BITS - self.precision)
-        edges = lax.bitcast_convert_type(bits.astype(jnp.int32), jnp.float32).at[0].set(0.0)
+        number = jnp.arange(half + 1, dtype=jnp.int32)
+        bits = (number + self._first_bucket()) << (_MANTISSA_BITS - self.precision)
+        edges = lax.bitcast_convert_type(bits, jnp.float32)
+        edges = jnp.where(number == 0, jnp.zeros_like(edges), edges)
         low, high = edges[:-1], edges[1:]
         return jnp.concatenate([-high[::-1], low]), jnp.concatenate([-low[::-1], high])
 
@@ -189,7 +191,9 @@ class Sketch:
     def _middles(self) -> jax.Array:
         """Infinite for the buckets at both ends, which have no middle."""
         low, high = self.edges()
-        return ((low + high) / 2).at[jnp.array([0, -1])].set(jnp.array([-jnp.inf, jnp.inf]))
+        number = jnp.arange(len(low), dtype=jnp.int32)
+        middles = jnp.where(number == 0, -jnp.inf, (low + high) / 2)
+        return jnp.where(number == len(low) - 1, jnp.inf, middles)
 
 
 def _check_outside(outside: Any) -> None:
@@ -205,9 +209,11 @@ def _upper_quantile(
     outside: ArrayLike,
 ) -> jax.Array:
     """Middle of the lowest bucket with at most the share `outside` of the values above it."""
-    total = jnp.sum(counts, -1, keepdims=True)
-    allowed = jnp.floor(jnp.float32(outside) * total.astype(jnp.float32)).astype(jnp.int32)
-    bucket = jnp.argmax(total - jnp.cumsum(counts, -1) <= allowed, -1)
+    total = jnp.sum(counts, -1, dtype=jnp.int32, keepdims=True)
+    share = jnp.asarray(outside, jnp.float32)
+    allowed = jnp.floor(share * total.astype(jnp.float32)).astype(jnp.int32)
+    above = total - jnp.cumsum(counts, -1, dtype=jnp.int32)
+    bucket = jnp.argmax(above <= allowed, -1)
     return jnp.clip(middles[bucket], smallest, largest)
 
 
