@@ -99,7 +99,7 @@ assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), merge
 kv = jax.jit(demo_model.keys_and_values)(model, held_out[:4].reshape(-1, config.context))
 k_after, v = (np.asarray(kv[name][:BATCH]) for name in "kv")  # [B, S, L, Nkv, D]
 half = config.head_dim // 2
-frequency = config.rope_theta ** -(np.arange(half) / half)
+frequency = config.rope.theta ** -(np.arange(half) / half)
 angle = np.arange(config.context)[:, None] * frequency  # [S, half]
 cos, sin = (f(angle)[None, :, None, None, :] for f in (np.cos, np.sin))
 first, second = k_after[..., :half], k_after[..., half:]
