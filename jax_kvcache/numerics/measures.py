@@ -14,11 +14,22 @@ from jax_kvcache.export import (
 from jax_kvcache.numerics.calibration import fake_quantize
 from jax_kvcache.numerics.observers import check_same_channels, tokens_first
 from jax_kvcache.ops.checks import check_shape
+from jax_kvcache.ops.explicit import automatically, spec_of
+from jax_kvcache.ops.indexing import take_one
 
 
 def decibels(signal, noise):
     """10 * log10(signal / noise) of two powers; inf where there is no noise."""
     return 10 * jnp.log10(signal / noise)
+
+
+def _count(histogram, codes, finite):
+    """Adds one to the code [N, *channels] of every finite value."""
+    flat = histogram.reshape(-1, 256)
+    code = codes.reshape(len(codes), -1).astype(jnp.int32) + 128
+    channel = jnp.arange(len(flat), dtype=jnp.int32)[None, :]
+    seen = finite.reshape(code.shape).astype(jnp.int32)
+    return flat.at[channel, code].add(seen).reshape(histogram.shape)
 
 
 def _ratio(part, whole):
@@ -109,17 +120,13 @@ class ErrorObserver:
         if offset is not None:
             z = z + jnp.asarray(offset)[None]
         beyond = finite & ((z < -128.5) | (z > 127.5))
-        flat = self.histogram.reshape(-1, 256)
-        code = codes.reshape(len(values), -1).astype(jnp.int32) + 128
-        flat = flat.at[jnp.arange(len(flat), dtype=jnp.int32)[None, :], code].add(
-            finite.reshape(code.shape).astype(jnp.int32)
-        )
+        histogram = automatically(_count, spec_of(self.histogram), self.histogram, codes, finite)
         return ErrorObserver(
             self.signal + jnp.sum(jnp.where(finite, values * values, 0), 0),
             self.noise + jnp.sum(noise * noise, 0),
             jnp.maximum(self.max_error, jnp.max(jnp.abs(noise) / scale, 0, initial=0)),
             self.saturated + jnp.sum(beyond, 0, dtype=jnp.int32),
-            flat.reshape(self.histogram.shape),
+            histogram,
         )
 
     def merge(self, other):
@@ -135,7 +142,13 @@ class ErrorObserver:
 
     def layer(self, index):
         """The observer of one entry of the first channel dimension."""
-        return jax.tree.map(lambda leaf: leaf[index], self)
+
+        def part(leaf):
+            spec = jax.sharding.PartitionSpec(*spec_of(leaf)[1:])
+            number = index % len(leaf) if isinstance(index, int) else index
+            return automatically(take_one, spec, leaf, jnp.asarray(number, jnp.int32))
+
+        return jax.tree.map(part, self)
 
     def per_channel(self) -> ErrorReport:
         """The report of each channel."""
@@ -199,6 +212,13 @@ def attention_error(q, k, v, k_approximation, v_approximation) -> AttentionError
     _check_alike("v", v, "k", k)
     _check_alike("k_approximation", k_approximation, "k", k)
     _check_alike("v_approximation", v_approximation, "v", v)
+    whole = jax.sharding.PartitionSpec()
+    return automatically(
+        _attention_error, AttentionError(whole, whole), q, k, v, k_approximation, v_approximation
+    )
+
+
+def _attention_error(q, k, v, k_approximation, v_approximation) -> AttentionError:
     weights, output = _causal_attention(q, k, v)
     approximate_weights, approximate_output = _causal_attention(q, k_approximation, v_approximation)
     distance = jnp.sum(jnp.abs(weights - approximate_weights), -1) / 2  # [Nkv, group, T]

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_kvcache.export import register_dataclass_serialization
+from jax_kvcache.ops.explicit import automatically, spec_of
 
 _MANTISSA_BITS, _EXPONENT_BIAS = 23, 127  # of float32
 
@@ -124,14 +125,8 @@ class Sketch:
         magnitude = (bits >> (_MANTISSA_BITS - self.precision)) - self._first_bucket()
         magnitude = jnp.clip(magnitude, 0, half - 1)
         bucket = jnp.where(values < 0, half - 1 - magnitude, half + magnitude)
-        bucket = bucket.reshape(len(values), -1)
-        flat = self.counts.reshape(-1, 2 * half)
-        flat = flat.at[jnp.arange(len(flat), dtype=jnp.int32)[None, :], bucket].add(
-            jnp.isfinite(values).reshape(bucket.shape).astype(jnp.int32)
-        )
-        return dataclasses.replace(
-            self, range=self.range.update(values), counts=flat.reshape(self.counts.shape)
-        )
+        counts = automatically(_count, spec_of(self.counts), self.counts, bucket, values)
+        return dataclasses.replace(self, range=self.range.update(values), counts=counts)
 
     def merge(self, other):
         """The observer of the union of what both saw; both have one precision and exponents."""
@@ -189,6 +184,15 @@ class Sketch:
         return jnp.where(number == len(low) - 1, jnp.inf, middles)
 
 
+def _count(counts, bucket, values):
+    """Adds one to the bucket [N, *channels] of every finite value."""
+    flat = counts.reshape(-1, counts.shape[-1])
+    bucket = bucket.reshape(len(values), -1)
+    seen = jnp.isfinite(values).reshape(bucket.shape).astype(jnp.int32)
+    channel = jnp.arange(len(flat), dtype=jnp.int32)[None, :]
+    return flat.at[channel, bucket].add(seen).reshape(counts.shape)
+
+
 def _check_outside(outside):
     if not isinstance(outside, jax.core.Tracer) and not 0 <= outside < 1:
         raise ValueError(f"`outside` must be in [0, 1), got {outside}.")
@@ -201,7 +205,8 @@ def _upper_quantile(counts, middles, smallest, largest, outside):
     allowed = jnp.floor(share * total.astype(jnp.float32)).astype(jnp.int32)
     above = total - jnp.cumsum(counts, -1, dtype=jnp.int32)
     bucket = jnp.argmax(above <= allowed, -1)
-    return jnp.clip(middles[bucket], smallest, largest)
+    chosen = automatically(lambda m, b: m[b], spec_of(smallest), middles, bucket)
+    return jnp.clip(chosen, smallest, largest)
 
 
 def _is_observer(node):
