@@ -188,7 +188,7 @@ def calibrate(
         if method == "percentile":
             return _from_percentile(observer, percentile, symmetric)
         if method == "mse":
-            spec = spec_of(observer.range.low)
+            spec: Any = spec_of(observer.range.low)
             out = Calibration(spec, None if symmetric else spec)
             return automatically(lambda o: _from_search(o, tried, symmetric), out, observer)
         seen = observer.range if isinstance(observer, Sketch) else observer

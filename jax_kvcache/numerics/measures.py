@@ -1,6 +1,6 @@
 """What quantisation costs: errors of the values, of attention, and of what a model predicts."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -90,7 +90,7 @@ def attention_error(
     _check_alike("v", v, "k", k)
     _check_alike("k_approximation", k_approximation, "k", k)
     _check_alike("v_approximation", v_approximation, "v", v)
-    whole = jax.sharding.PartitionSpec()
+    whole: Any = jax.sharding.PartitionSpec()
     return automatically(
         _attention_error, AttentionError(whole, whole), q, k, v, k_approximation, v_approximation
     )
