@@ -14,6 +14,8 @@ MORE = {
     "transfer_guard": lambda: jax.transfer_guard("disallow"),
     "checking_leaks": jax.checking_leaks,
 }
+
+
 @functools.cache
 def expected(name):
     return CALLS[name](public_calls.arrays())

@@ -31,11 +31,16 @@ class Projected(NamedTuple):
             return self.x
         x, bias = self.x, self.bias
         if bias is not None and bias.dtype == jnp.int32:
-            x, bias = x + bias, None
-        y = x.astype(jnp.float32) * self.weight_scale
+            x, bias = x + _per_output(bias, x), None
+        y = x.astype(jnp.float32) * _per_output(self.weight_scale, x)
         if self.activation_scale is not None:
             y = y * self.activation_scale[..., None]
-        return y if bias is None else y + bias
+        return y if bias is None else y + _per_output(bias, y)
+
+
+def _per_output(values: jax.Array, like: jax.Array) -> jax.Array:
+    """[out] values in as many dimensions as `like` has."""
+    return jnp.expand_dims(values, range(like.ndim - 1))
 
 
 @jax.tree_util.register_dataclass
@@ -54,7 +59,7 @@ class FloatLinear:
     def project(self, h: jax.Array) -> Projected:
         """h [..., in] float32 -> [..., out]."""
         y = matmul(h, self.weight)
-        return Projected(y if self.bias is None else y + self.bias)
+        return Projected(y if self.bias is None else y + _per_output(self.bias, y))
 
     def __call__(self, h: jax.Array) -> jax.Array:
         """h [..., in] float32 -> [..., out] float32."""

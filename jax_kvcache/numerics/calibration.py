@@ -1,6 +1,6 @@
 """From observers to the operator's scales and offsets, and the quantiser that uses them."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -147,7 +147,7 @@ def calibrate(
         if method == "percentile":
             return _from_percentile(observer, percentile, symmetric)
         if method == "mse":
-            spec = spec_of(observer.range.low)
+            spec: Any = spec_of(observer.range.low)
             out = Calibration(spec, None if symmetric else spec)
             return automatically(lambda o: _from_search(o, ratios, symmetric), out, observer)
         seen = observer.range if isinstance(observer, Sketch) else observer
