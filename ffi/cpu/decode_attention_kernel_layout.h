@@ -37,7 +37,7 @@ struct PartSizes {
         tiles((queries + tile_width - 1) / tile_width),
         head_dim(std::max<int64_t>(shape.head_dim, kLanes)),
         slots((head_dim + kLanes - 1) / kLanes),
-        stride(AccumulatorSize(shape.head_dim)) {}
+        stride(SumsSize(shape.head_dim)) {}
 
   // The width W of tile t: the last one may be narrower.
   int64_t Width(int64_t t) const {

@@ -128,7 +128,8 @@ JAX_KVCACHE_INLINE Vector Exp2(Vector x) {
   const PowerOfTwo power = SplitPower(clamped);
   const Vector result =
       BitCast<Vector>(BitCast<UInts<kLanes>>(power.f_minus + 1.0f) + power.exponent);
-  return x < least ? Vector{} : result;
+  // Adding to the exponent may make a number of a NaN.
+  return x < least ? Vector{} : (x == x ? result : x);
 }
 
 // tanh(x * ln(2) / 2) = (2^x - 1) / (2^x + 1), with nothing lost near 0.

@@ -51,8 +51,15 @@ template <int kColumns>
 void Softmax(float* scores, int64_t rows, int64_t width, const ScoreRule& rule, TileState* state,
              float* factors) {
   const int64_t vectors = rows * width / kLanes;
+  // A query that sees a row has a finite peak, even if all its scores are NaN or -infinity.
   Vector peaks[kColumns];
-  for (int c = 0; c < kColumns; ++c) peaks[c] = Vector{} - kInfinity;
+  for (int c = 0; c < kColumns; ++c) {
+    peaks[c] = Vector{} - FLT_MAX;
+    if (rule.seen_begin == nullptr) continue;
+    const auto begin = LoadBits<Ints<kLanes>>(rule.seen_begin + c * kLanes);
+    const auto end = LoadBits<Ints<kLanes>>(rule.seen_end + c * kLanes);
+    peaks[c] = begin < end ? peaks[c] : Vector{} - kInfinity;
+  }
   if (rule.seen_begin == nullptr && rule.cap == 0.0f) {
     for (int64_t n = 0; n < vectors; n += kColumns) {
       for (int c = 0; c < kColumns; ++c) {

@@ -253,8 +253,9 @@ class PartRun {
         continue;
       }
       float* const partial = partials + part_.first_partial +
-                             part_.chunk * PartialsSize(shape_, part_) +
-                             (h * sizes_.queries + i) * PartialSize(shape_.head_dim);
+                             part_.chunk * ChunkSize(shape_, part_) +
+                             ((part_.head_begin + h) * sizes_.queries + i) *
+                                 PartialSize(shape_.head_dim);
       std::memcpy(partial, sums, static_cast<size_t>(sizes_.stride) * sizeof(float));
       partial[sizes_.stride] = state.peak[lane];
       partial[sizes_.stride + 1] = total;
@@ -282,8 +283,8 @@ void RunPart(const Shape& shape, const Buffers& b, const Part& part, float* scra
 
 void MergeChunks(const Shape& shape, const Buffers& b, const Part& part, float* scratch,
                  const float* partials) {
-  const int64_t stride = AccumulatorSize(shape.head_dim);
-  const int64_t chunk_size = PartialsSize(shape, part);
+  const int64_t stride = SumsSize(shape.head_dim);
+  const int64_t chunk_size = ChunkSize(shape, part);
   const int64_t queries = PartQueries(shape, part);
   const int64_t group = shape.queries_per_kv_head();
   float* const sums = scratch;
@@ -291,9 +292,8 @@ void MergeChunks(const Shape& shape, const Buffers& b, const Part& part, float* 
     const HeadParameters parameters(shape, b, part.group, head);
     const ResultWriter writer(shape, b, parameters, scratch + stride);
     for (int64_t i = 0; i < queries; ++i) {
-      const float* const first = partials + part.first_partial +
-                                 ((head - part.head_begin) * queries + i) *
-                                     PartialSize(shape.head_dim);
+      const float* const first =
+          partials + part.first_partial + (head * queries + i) * PartialSize(shape.head_dim);
       float peak = -kInfinity;
       for (int64_t chunk = 0; chunk < part.chunks; ++chunk) {
         peak = std::max(peak, first[chunk * chunk_size + stride]);

@@ -3,13 +3,10 @@
 // decode_attention_bench [threads] [B rows Nq Nkv D S]...
 #include <algorithm>
 #include <chrono>
-#include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <deque>
 #include <functional>
-#include <mutex>
 #include <random>
 #include <ctime>
 #include <thread>
@@ -18,49 +15,10 @@
 #include "cpu/decode_attention_kernel.h"
 #include "cpu/decode_attention_plan.h"
 #include "cpu/decode_attention_run.h"
+#include "tests/pool.h"
 
 namespace jax_kvcache::decode_attention {
 namespace {
-
-class Pool {
- public:
-  explicit Pool(int threads) {
-    for (int i = 0; i < threads; ++i) threads_.emplace_back([this] { Work(); });
-  }
-  ~Pool() {
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      closing_ = true;
-    }
-    ready_.notify_all();
-    for (std::thread& thread : threads_) thread.join();
-  }
-  void Schedule(std::function<void()> task) {
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      tasks_.push_back(std::move(task));
-    }
-    ready_.notify_one();
-  }
-
- private:
-  void Work() {
-    for (;;) {
-      std::unique_lock<std::mutex> lock(mutex_);
-      ready_.wait(lock, [this] { return closing_ || !tasks_.empty(); });
-      if (tasks_.empty()) return;
-      const std::function<void()> task = std::move(tasks_.front());
-      tasks_.pop_front();
-      lock.unlock();
-      task();
-    }
-  }
-  std::mutex mutex_;
-  std::condition_variable ready_;
-  std::deque<std::function<void()>> tasks_;
-  bool closing_ = false;
-  std::vector<std::thread> threads_;
-};
 
 struct Sizes {
   int64_t sequences, rows, num_q, num_kv, head_dim, queries;

@@ -1,10 +1,12 @@
 """From observers to the operator's scales and offsets, and the quantiser that uses them."""
 
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, TypeVar, get_args, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 from jax import lax
 
 from jax_kvcache.export import register_namedtuple_serialization
@@ -14,7 +16,9 @@ from jax_kvcache.ops.dequant_rope_quant_kvcache.reference import quantize_int8
 from jax_kvcache.ops.explicit import automatically, spec_of
 from jax_kvcache.ops.indexing import take_one
 
-METHODS = ("absmax", "minmax", "percentile", "mse")
+Method = Literal["absmax", "minmax", "percentile", "mse"]
+Key = TypeVar("Key")
+METHODS: tuple[Method, ...] = get_args(Method)
 
 # With scale >= max|value| * 2**-15, |value / scale + offset| stays below 2**16, where float32
 # still resolves 1/128 of a code.
@@ -48,7 +52,9 @@ class FakeQuantized(NamedTuple):
     values: jax.Array
 
 
-def fake_quantize(values, scale, offset=None) -> FakeQuantized:
+def fake_quantize(
+    values: jax.Array, scale: jax.Array, offset: jax.Array | None = None
+) -> FakeQuantized:
     """Quantises and dequantises: codes as the operator's to the bit, and (code - offset) * scale.
 
     Args:
@@ -76,7 +82,13 @@ def fake_quantize(values, scale, offset=None) -> FakeQuantized:
     return FakeQuantized(codes, steps * scale.reshape(*ones, *scale.shape))
 
 
-def scale_and_offset(low, high, *, symmetric=True, codes=(-128, 127)) -> Calibration:
+def scale_and_offset(
+    low: jax.Array,
+    high: jax.Array,
+    *,
+    symmetric: bool = True,
+    codes: tuple[int, int] = (-128, 127),
+) -> Calibration:
     """Parameters that cover [low, high].
 
     Symmetric: scale = max(|low|, |high|) / codes[1]. Asymmetric: `low` gets the first code and
@@ -105,9 +117,36 @@ def scale_and_offset(low, high, *, symmetric=True, codes=(-128, 127)) -> Calibra
     return Calibration(scale, offset)
 
 
+@overload
 def calibrate(
-    observer, *, method="absmax", symmetric=True, percentile=99.99, ratios=None
-) -> Calibration:
+    observer: MinMax | Sketch,
+    *,
+    method: Method = ...,
+    symmetric: bool = ...,
+    percentile: float = ...,
+    ratios: npt.ArrayLike | None = ...,
+) -> Calibration: ...
+
+
+@overload
+def calibrate(
+    observer: Mapping[Key, MinMax | Sketch],
+    *,
+    method: Method = ...,
+    symmetric: bool = ...,
+    percentile: float = ...,
+    ratios: npt.ArrayLike | None = ...,
+) -> dict[Key, Calibration]: ...
+
+
+def calibrate(
+    observer: Any,
+    *,
+    method: Method = "absmax",
+    symmetric: bool = True,
+    percentile: float = 99.99,
+    ratios: npt.ArrayLike | None = None,
+) -> Any:
     """Scale and offset of each channel from what an observer has seen.
 
     Args:
@@ -132,14 +171,16 @@ def calibrate(
     """
     check_choice("method", method, METHODS)
     if method == "absmax" and not symmetric:
-        raise ValueError('`method="absmax"` is symmetric: use "minmax" with `symmetric=False`.')
+        raise ValueError(
+            '`symmetric=False` needs a method with an offset: "minmax", "percentile" or "mse".'
+        )
     if not 0 < percentile <= 100:
         raise ValueError(f"`percentile` must be in (0, 100], got {percentile}.")
-    ratios = np.linspace(0.2, 1.0, 81) if ratios is None else np.asarray(ratios)
-    if ratios.ndim != 1 or not ratios.size or not ((ratios > 0) & (ratios <= 1)).all():
-        raise ValueError(f"`ratios` must be a list of numbers in (0, 1], got {ratios.tolist()}.")
+    tried = np.linspace(0.2, 1.0, 81) if ratios is None else np.asarray(ratios)
+    if tried.ndim != 1 or not tried.size or not ((tried > 0) & (tried <= 1)).all():
+        raise ValueError(f"`ratios` must be a list of numbers in (0, 1], got {tried.tolist()}.")
 
-    def calibrate_one(observer):
+    def calibrate_one(observer: Any) -> Calibration:
         if method in ("percentile", "mse") and not isinstance(observer, Sketch):
             raise TypeError(
                 f'`method="{method}"` needs a Sketch observer, got {type(observer).__name__}.'
@@ -149,7 +190,7 @@ def calibrate(
         if method == "mse":
             spec: Any = spec_of(observer.range.low)
             out = Calibration(spec, None if symmetric else spec)
-            return automatically(lambda o: _from_search(o, ratios, symmetric), out, observer)
+            return automatically(lambda o: _from_search(o, tried, symmetric), out, observer)
         seen = observer.range if isinstance(observer, Sketch) else observer
         return scale_and_offset(seen.low, seen.high, symmetric=symmetric)
 
@@ -158,7 +199,7 @@ def calibrate(
     )
 
 
-def _from_percentile(sketch, percentile, symmetric):
+def _from_percentile(sketch: Sketch, percentile: float, symmetric: bool) -> Calibration:
     outside = 1 - percentile / 100
     if symmetric:
         high = sketch.magnitude_quantile(outside)
@@ -167,7 +208,7 @@ def _from_percentile(sketch, percentile, symmetric):
     return scale_and_offset(low, high, symmetric=False)
 
 
-def _from_search(sketch, ratios, symmetric):
+def _from_search(sketch: Sketch, tried: np.ndarray, symmetric: bool) -> Calibration:
     """Tries every ratio on points spread evenly inside the buckets, weighted by the counts."""
     seen = sketch.range
     low_edges, high_edges = sketch.edges()
@@ -181,14 +222,14 @@ def _from_search(sketch, ratios, symmetric):
     middle = jnp.zeros_like(magnitude) if symmetric else seen.low / 2 + seen.high / 2
     half = magnitude if symmetric else seen.high / 2 - seen.low / 2
 
-    def parameters(ratio):
+    def parameters(ratio: jax.Array) -> Calibration:
         return scale_and_offset(middle - ratio * half, middle + ratio * half, symmetric=symmetric)
 
-    def error(ratio):
+    def error(ratio: jax.Array) -> jax.Array:
         noise = fake_quantize(points, *parameters(ratio)).values - points
         return jnp.sum(weights * noise * noise, axis=(0, 1))
 
-    ratios = jnp.asarray(np.sort(ratios)[::-1].copy(), jnp.float32)  # of equal errors, the widest
+    ratios = jnp.asarray(np.sort(tried)[::-1].copy(), jnp.float32)  # of equal errors, the widest
 
     def keep_better(number, kept):
         ratio = take_one(ratios, number)
