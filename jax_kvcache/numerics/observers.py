@@ -193,7 +193,7 @@ class Sketch:
 
 
 def count_into(counts: jax.Array, bucket: jax.Array, finite: jax.Array) -> jax.Array:
-    """Adds one to [*channels, buckets] counts for the bucket [N, *channels] of every finite value."""
+    """Adds one to the [*channels, buckets] counts where a value [N, *channels] is finite."""
     flat = counts.reshape(-1, counts.shape[-1])
     bucket = bucket.reshape(len(bucket), -1)
     seen = finite.reshape(bucket.shape).astype(jnp.int32)
