@@ -13,6 +13,7 @@ from jax_kvcache.export import register_namedtuple_serialization
 from jax_kvcache.numerics.observers import MinMax, Sketch, check_channels
 from jax_kvcache.ops.checks import check_choice, check_shape
 from jax_kvcache.ops.dequant_rope_quant_kvcache.reference import quantize_int8
+from jax_kvcache.ops.explicit import automatically, spec_of
 from jax_kvcache.ops.indexing import take_one
 
 Method = Literal["absmax", "minmax", "percentile", "mse"]
@@ -187,7 +188,9 @@ def calibrate(
         if method == "percentile":
             return _from_percentile(observer, percentile, symmetric)
         if method == "mse":
-            return _from_search(observer, tried, symmetric)
+            spec: Any = spec_of(observer.range.low)
+            out = Calibration(spec, None if symmetric else spec)
+            return automatically(lambda o: _from_search(o, tried, symmetric), out, observer)
         seen = observer.range if isinstance(observer, Sketch) else observer
         return scale_and_offset(seen.low, seen.high, symmetric=symmetric)
 
