@@ -86,8 +86,9 @@ def _check_positions(positions: ArrayLike) -> ArrayLike:
     if not isinstance(positions, jax.Array):
         positions = np.asarray(positions)
         if positions.dtype.kind in "iu" and positions.size:
-            if positions.max() > INT32_MAX or positions.min() < -INT32_MAX:
-                raise ValueError(f"`positions` must fit into int32, got {positions.max()}.")
+            if positions.max() > INT32_MAX or positions.min() < -INT32_MAX - 1:
+                worst = max(int(positions.max()), int(positions.min()), key=abs)
+                raise ValueError(f"`positions` must fit into int32, got {worst}.")
             positions = positions.astype(np.int32)
     if positions.ndim != 2 or not jnp.issubdtype(positions.dtype, jnp.integer):
         raise TypeError(

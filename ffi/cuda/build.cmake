@@ -2,7 +2,7 @@
 # added to the library. Without an nvcc the library is built without this backend.
 set(CUDA_FOUND OFF)
 if(NOT CUDA STREQUAL "OFF" AND NOT SANITIZE AND NOT CMAKE_CROSSCOMPILING)
-  if(NOT CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX})
+  if(NOT CMAKE_CUDA_COMPILER AND "$ENV{CUDACXX}" STREQUAL "")
     find_program(NVCC nvcc HINTS ENV CUDA_HOME ENV CUDA_PATH PATH_SUFFIXES bin)
     if(NVCC)
       set(CMAKE_CUDA_COMPILER ${NVCC})

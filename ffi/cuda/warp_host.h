@@ -68,6 +68,12 @@ inline float HalfOfWord(uint32_t word, int i) {
   return ToFloat(Half{static_cast<uint16_t>(word >> 16 * i)});
 }
 
+// Tensor cores add exact products and drop the bits that float32 has no room for.
+inline float RoundTowardZero(double value) {
+  const auto rounded = static_cast<float>(value);
+  return std::fabs(rounded) > std::fabs(value) ? std::nextafter(rounded, 0.0f) : rounded;
+}
+
 inline void Mma(PerLane<FragmentC>* c, const PerLane<FragmentA>& a, const PerLane<FragmentB>& b) {
   float a_matrix[16][16];
   float b_matrix[16][8];
@@ -85,10 +91,11 @@ inline void Mma(PerLane<FragmentC>* c, const PerLane<FragmentA>& a, const PerLan
   }
   for (int lane = 0; lane < kWarpLanes; ++lane) {
     for (int i = 0; i < 4; ++i) {
-      float& sum = (*c)[lane].at[i];
+      double sum = (*c)[lane].at[i];
       for (int k = 0; k < 16; ++k) {
-        sum += a_matrix[lane / 4 + i / 2 * 8][k] * b_matrix[k][lane % 4 * 2 + i % 2];
+        sum += double{a_matrix[lane / 4 + i / 2 * 8][k]} * b_matrix[k][lane % 4 * 2 + i % 2];
       }
+      (*c)[lane].at[i] = RoundTowardZero(sum);
     }
   }
 }

@@ -6,8 +6,8 @@
 
 #include "cuda/decode_attention_block.h"
 #include "tests/check.h"
-#include "tests/decode_attention_expected.h"
-#include "tests/decode_attention_random_call.h"
+#include "tests/cuda_decode_attention_expected.h"
+#include "tests/cuda_decode_attention_random_call.h"
 
 namespace jax_kvcache::decode_attention {
 namespace {
@@ -92,20 +92,20 @@ void TestRandomCalls(int cases) {
 // One row has nearly all of the weight, and what the many others have together must not be lost.
 void TestFaintRows() {
   Random random(1);
-  Sizes sizes = {{}, {1}, 1, 1, 4, 1, 64, 3000, 1};
+  Sizes sizes = {{}, {1}, 1, 1, 4, 1, 64, 9000, 1};
   RandomCall call = MakeRandomCall(random, sizes, 1.0f);
   call.options.window = 0;
   call.options.soft_cap = 0;
   call.options.scale = 1.0f;
   call.args[kTable].Set<int32_t>(0, 0);
-  call.args[kPositions].Set<int32_t>(0, 2999);
+  call.args[kPositions].Set<int32_t>(0, 8999);
   for (size_t i = 0; i < call.args[kKCache].Count(); ++i) {
     call.args[kKCache].Set<int8_t>(i, i < 64 ? 64 : -64);
   }
   call.args[kQ].Reset(DType::kF32, {1, 1, 4, 64});
   call.rets[kOut].Reset(DType::kF32, {1, 1, 4, 64});
   for (size_t i = 0; i < call.args[kQ].Count(); ++i) call.args[kQ].Set(i, 0.1f);
-  for (size_t i = 0; i < 64; ++i) call.args[kScaleK].Set(i, 16.0f / (64 * 12.8f));
+  for (size_t i = 0; i < 64; ++i) call.args[kScaleK].Set(i, 9.0f / (0.1f * 64 * 64));
   // The first row's codes of V are small, so that the others' part is seen.
   for (size_t i = 0; i < call.args[kVCache].Count(); ++i) {
     call.args[kVCache].Set<int8_t>(i, i < 64 ? 0 : 127);
@@ -114,6 +114,34 @@ void TestFaintRows() {
     Shape shape;
     Run(&call, splits, 0, &shape);
     CheckResults(call.View(), shape, "faint rows");
+  }
+}
+
+// The error of many sums in the tensor cores' arithmetic, and of a result that is a small
+// difference of codes and offset.
+void TestLongSequence() {
+  for (const float offset : {0.0f, 100.0f}) {
+    Random random(2);
+    RandomCall call = MakeRandomCall(random, {{}, {1}, 1, 1, 2, 1, 64, 30000, 1}, 1.0f);
+    call.options.window = 0;
+    call.options.soft_cap = 0;
+    call.args[kTable].Set<int32_t>(0, 0);
+    call.args[kPositions].Set<int32_t>(0, 29999);
+    call.args[kQ].Reset(DType::kF32, {1, 1, 2, 64});
+    call.rets[kOut].Reset(DType::kF32, {1, 1, 2, 64});
+    FillUniform(random, &call.args[kQ], -1, 1);
+    for (const Arg arg : {kOffsetK, kOffsetV}) {
+      call.args[arg].Reset(DType::kF32, {1, 64});
+      FillUniform(random, &call.args[arg], offset, offset);
+    }
+    for (const int64_t splits : {1, 8}) {
+      Shape shape;
+      Run(&call, splits, 0, &shape);
+      const double worst = CheckResults(call.View(), shape, "a long sequence");
+      std::printf(
+          "30000 rows, offset %.0f, %d splits: the largest error is %.3f of what is allowed\n",
+          static_cast<double>(offset), static_cast<int>(splits), worst);
+    }
   }
 }
 
@@ -181,6 +209,7 @@ int main(int argc, char** argv) {
   const int cases = argc > 1 ? std::atoi(argv[1]) : 210;
   attention::TestRefusals();
   attention::TestFaintRows();
+  attention::TestLongSequence();
   attention::TestHostileNumbers(cases / 5);
   attention::TestRandomCalls(cases);
   return 0;

@@ -18,7 +18,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jax_kvcache import backends, mesh
+from jax_kvcache import backends, mesh, modes
 from jax_kvcache._compat import (
     requires_devices_during_lowering,
     shaped_array,
@@ -238,7 +238,7 @@ def _lower(operator: Operator, primitive: Primitive, native: Primitive) -> None:
         call = mesh.Call(
             operator.name, operator.operands, operator.results, on_one_device, plain, options
         )
-        return mlir.lower_fun(mesh.partitioned(ctx, call, operator.sharding))(ctx, *operands)
+        return mlir.lower_fun(modes.partitioned(ctx, call, operator.sharding))(ctx, *operands)
 
     requires_devices_during_lowering(primitive)
     mlir.register_lowering(primitive, lowering)

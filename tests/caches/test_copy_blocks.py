@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
@@ -15,7 +16,8 @@ INT32 = caches.INT32
 PAIRS = {
     "none": [],
     "one": [(2, 5)],
-    "skipped": [(-1, -1), (2, -1), (-1, 3), (BLOCKS, 1), (1, BLOCKS), (INT32.max, 0)],
+    "skipped": [(-1, -1), (2, -1), (-1, 3), (BLOCKS, 1), (1, BLOCKS)],
+    "far away": [(INT32.max, 0), (0, INT32.max), (INT32.min, 0), (0, INT32.min)],
     "a pair sees what those before it wrote": [(1, 2), (2, 3), (0, 1), (6, 1)],
     "itself": [(4, 4)],
 }  # fmt: skip
@@ -27,7 +29,7 @@ def filled(layers):
     rng = np.random.default_rng(0)
     cache = caches.make("paged", rng, layers=layers, offsets=True)
     k, v = rng.integers(-128, 128, (2, *cache.k_cache.shape), np.int8)
-    return dataclasses.replace(cache, k_cache=jax.device_put(k), v_cache=jax.device_put(v))
+    return dataclasses.replace(cache, k_cache=jnp.array(k), v_cache=jnp.array(v))
 
 
 def expected(codes, pairs):
