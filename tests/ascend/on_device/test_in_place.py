@@ -19,7 +19,9 @@ operator = functools.partial(dequant_rope_quant_kvcache, implementation="ffi")
 
 
 def draw(cache_mode, C1, seed):
-    return jax.tree.map(jnp.asarray, calls.drawn(seed, **SIZES, C1=C1, cache_mode=cache_mode))
+    """Arrays that JAX owns: a device may take NumPy's own memory, which cannot be donated."""
+    arrays = calls.drawn(seed, **SIZES, C1=C1, cache_mode=cache_mode)
+    return jax.tree.map(lambda a: jnp.copy(jnp.asarray(a)), arrays)
 
 
 def indices(cache_mode, step):
