@@ -10,7 +10,8 @@
 
 namespace jax_kvcache::decode_attention {
 
-// The arrays of one checked call; shapes and dtypes as in core/decode_attention.h, absent ones null.
+// The arrays of one checked call; shapes and dtypes as in core/decode_attention.h, absent ones
+// null.
 struct Buffers {
   const void* q = nullptr;             // [*g, B, S, Nq, D]
   const int8_t* k_cache = nullptr;     // [*g', NB, R, Nkv, D]
@@ -75,8 +76,8 @@ struct Kernel {
   void (*run_part)(const Shape& shape, const Buffers& buffers, const Part& part, float* scratch,
                    float* partials);
   // Joins the partial results of all chunks of the part's queries and heads; writes the results.
-  void (*merge_chunks)(const Shape& shape, const Buffers& buffers, const Part& part,
-                       float* scratch, const float* partials);
+  void (*merge_chunks)(const Shape& shape, const Buffers& buffers, const Part& part, float* scratch,
+                       const float* partials);
 };
 
 // The kernel for an instruction set that is supported here.

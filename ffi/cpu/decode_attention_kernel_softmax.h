@@ -9,9 +9,9 @@
 namespace jax_kvcache::decode_attention {
 namespace {
 
-// A tile has W query rows, and scores [rows, W] that are read as vectors. W is 1, 2, 4, 8, kLanes or
-// 2 * kLanes, so that lane i of vector n holds query (n * kLanes + i) % W. All that follows is kept
-// per lane, in one vector or two.
+// A tile has W query rows, and scores [rows, W] that are read as vectors. W is 1, 2, 4, 8, kLanes
+// or 2 * kLanes, so that lane i of vector n holds query (n * kLanes + i) % W. All that follows is
+// kept per lane, in one vector or two.
 constexpr int kMaxTileWidth = 2 * kLanes;
 
 // What is known of a tile's query rows. Scores are in units of log2: a weight is 2^(score - peak).

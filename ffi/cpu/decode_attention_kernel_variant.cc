@@ -118,8 +118,10 @@ class PartRun {
     PieceWalk pieces(next, part_.head_begin, sizes_.heads, shape_.head_dim);
     for (int64_t h = 0; h < sizes_.heads; ++h) {
       const int64_t first = (part_.head_begin + h) * shape_.head_dim;
-      Work work = {memory_.Head(h), sizes_.ChannelsFrom(first), block.count, rows,
-                   all_seen,        block.k,                    block.v,     {}};
+      Work work = {memory_.Head(h), sizes_.ChannelsFrom(first),
+                   block.count,     rows,
+                   all_seen,        block.k,
+                   block.v,         {}};
       const int8_t* ahead_k[kMaxBlockRows];
       const int8_t* ahead_v[kMaxBlockRows];
       if (next.count > 0) {
@@ -180,19 +182,18 @@ class PartRun {
 
   template <bool kCentred>
   void ManyQueries(const Work& work) {
-    ConvertKeys<kCentred>(work.k, work.rows, work.channels, work.head.centre_k, work.ahead,
-                          memory_.keys);
-    ConvertValues<kCentred>(work.v, work.count, work.channels, work.head.centre_v,
-                            memory_.values);
+    ConvertKeys<kCentred>(work.k, work.rows, work.channels, work.head.centre_k, memory_.keys);
+    ConvertValues<kCentred>(work.v, work.count, work.channels, work.head.centre_v, memory_.values);
     for (int64_t t = 0; t < sizes_.tiles; ++t) {
       const int64_t width = sizes_.Width(t);
       const auto score = width > kLanes ? ScoreTile<2> : ScoreTile<1>;
-      score(memory_.keys, work.rows, sizes_.head_dim, Packed(work.head, t), memory_.Scores(t));
+      score(memory_.keys, work.rows, sizes_.head_dim, Packed(work.head, t),
+            t == 0 ? work.ahead : Ahead(), memory_.Scores(t));
       float factors[kMaxTileWidth];
       if (!Weigh(work, t, factors)) continue;
       const int64_t queries = std::min(width, sizes_.queries - t * sizes_.tile_width);
-      AddTile(memory_.values, work.count, (sizes_.slots + 1) / 2, memory_.Scores(t), width,
-              queries, factors, Sums(work.head, t), sizes_.stride);
+      AddTile(memory_.values, work.count, (sizes_.slots + 1) / 2, memory_.Scores(t), width, queries,
+              factors, Sums(work.head, t), sizes_.stride);
     }
   }
 
@@ -252,10 +253,9 @@ class PartRun {
                    constant);
         continue;
       }
-      float* const partial = partials + part_.first_partial +
-                             part_.chunk * ChunkSize(shape_, part_) +
-                             ((part_.head_begin + h) * sizes_.queries + i) *
-                                 PartialSize(shape_.head_dim);
+      float* const partial =
+          partials + part_.first_partial + part_.chunk * ChunkSize(shape_, part_) +
+          ((part_.head_begin + h) * sizes_.queries + i) * PartialSize(shape_.head_dim);
       std::memcpy(partial, sums, static_cast<size_t>(sizes_.stride) * sizeof(float));
       partial[sizes_.stride] = state.peak[lane];
       partial[sizes_.stride + 1] = total;

@@ -13,17 +13,17 @@ namespace {
 // them, which then costs a tenth of the products, and their sums fit a level-2 cache.
 constexpr int64_t kQueriesPerPart = 128;
 
-// The heads of a part read neighbouring channels, so many bytes of each row: a page of memory, beyond
-// which nothing is gained.
+// The heads of a part read neighbouring channels, so many bytes of each row: a page of memory,
+// beyond which nothing is gained.
 constexpr int64_t kBytesPerPiece = 4096;
 
-// Rows are cut into chunks only as far as there would be fewer parts than this, or half of it if the
-// parts can be split by heads as well. It keeps dozens of cores busy, and bounds the memory for
+// Rows are cut into chunks only as far as there would be fewer parts than this, or half of it if
+// the parts can be split by heads as well. It keeps dozens of cores busy, and bounds the memory for
 // partial results: to those of about this number of parts.
 constexpr int64_t kEnoughParts = 64;
 
-// A chunk has at least so many rows: with fewer, writing and merging partial results would cost more
-// than a few percent of reading the rows.
+// A chunk has at least so many rows: with fewer, writing and merging partial results would cost
+// more than a few percent of reading the rows.
 constexpr int64_t kLeastRows = 256;
 
 // The rows of a chunk, but for the last one, are whole blocks of the kernel.
@@ -96,8 +96,8 @@ Plan MakePlan(const Shape& shape, const int32_t* positions, int64_t max_threads)
   const double bytes = 4.0 * static_cast<double>(rows) * static_cast<double>(shape.row_size()) *
                        static_cast<double>(quads);
   plan.threads = WorthThreads(static_cast<int64_t>(std::min(bytes, 1e15)), max_threads);
-  // The split over heads changes no result, so it may follow the threads: two parts for each. (Parts
-  // with one head of 128 channels are 15 % slower than those with eight.)
+  // The split over heads changes no result, so it may follow the threads: two parts for each.
+  // (Parts with one head of 128 channels are 15 % slower than those with eight.)
   while (heads > 1 && plan.threads > 1 &&
          chunks * CeilDivide(shape.num_kv_heads, heads) < 2 * plan.threads) {
     heads = CeilDivide(heads, 2);

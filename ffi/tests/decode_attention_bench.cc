@@ -6,9 +6,9 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <ctime>
 #include <functional>
 #include <random>
-#include <ctime>
 #include <thread>
 #include <vector>
 
@@ -36,7 +36,8 @@ double Now(int64_t threads) {
 
 struct Memory {
   explicit Memory(int64_t bytes)
-      : data(static_cast<char*>(std::aligned_alloc(2 << 20, static_cast<size_t>((bytes + (2 << 20)) >> 21 << 21)))) {}
+      : data(static_cast<char*>(
+            std::aligned_alloc(2 << 20, static_cast<size_t>((bytes + (2 << 20)) >> 21 << 21)))) {}
   ~Memory() { std::free(data); }
   char* data;
 };
@@ -70,7 +71,8 @@ void Measure(const Sizes& z, int64_t threads, Pool& pool) {
   const int64_t cache = z.sequences * z.rows * z.num_kv * z.head_dim;
   // Enough caches that they are not all in the processor's caches, within reason.
   const char* const hot = std::getenv("HOT");
-  const int64_t copies = hot != nullptr ? 1 : std::max<int64_t>(1, (int64_t{1} << 30) / (2 * cache));
+  const int64_t copies =
+      hot != nullptr ? 1 : std::max<int64_t>(1, (int64_t{1} << 30) / (2 * cache));
   Memory k(cache * copies);
   Memory v(cache * copies);
   std::mt19937_64 random(1);
@@ -131,7 +133,8 @@ void Measure(const Sizes& z, int64_t threads, Pool& pool) {
   const double a = attention[attention.size() / 2];
   const double r = reading[reading.size() / 2];
   std::printf(
-      "%3ld x %5ld, %2ld/%2ld, D %3ld, S %4ld: %9.1f us (least %9.1f) read %8.1f (%8.1f) ratio %5.2f "
+      "%3ld x %5ld, %2ld/%2ld, D %3ld, S %4ld: %9.1f us (least %9.1f) read %8.1f (%8.1f) ratio "
+      "%5.2f "
       "(%5.2f), %5.2f codes/ns, threads %ld, parts %zu\n",
       z.sequences, z.rows, z.num_q, z.num_kv, z.head_dim, z.queries, a * 1e6, attention[0] * 1e6,
       r * 1e6, reading[0] * 1e6, a / r, attention[0] / reading[0],

@@ -1,5 +1,5 @@
-// Owns what decode_attention means, one query row at a time in double precision, and how far from it
-// a result may be.
+// Owns what decode_attention means, one query row at a time in double precision, and how far from
+// it a result may be.
 #ifndef JAX_KVCACHE_FFI_TESTS_DECODE_ATTENTION_EXPECTED_H_
 #define JAX_KVCACHE_FFI_TESTS_DECODE_ATTENTION_EXPECTED_H_
 
@@ -50,8 +50,8 @@ class Rendering {
                      int64_t channel) const {
     const int64_t cache = shape_.ParameterBlock(is_k ? kKCache : kVCache, group);
     const int64_t rows = shape_.blocks * shape_.block_rows;
-    const int64_t at = ((cache * rows + cache_row) * shape_.num_kv_heads + head) *
-                           shape_.head_dim + channel;
+    const int64_t at =
+        ((cache * rows + cache_row) * shape_.num_kv_heads + head) * shape_.head_dim + channel;
     double value = call_.args[is_k ? kKCache : kVCache].Get<int8_t>(static_cast<size_t>(at));
     if (shape_.has_offset) {
       value -= Parameter(is_k ? kOffsetK : kOffsetV, group, head, channel);
@@ -73,8 +73,8 @@ class Rendering {
     std::vector<int64_t> seen;  // rows of the caches
     std::vector<double> scores;
     for (int64_t m = 0; m < shape_.table_blocks; ++m) {
-      const int64_t block = call_.args[kTable].Get<int32_t>(
-          static_cast<size_t>(sequence * shape_.table_blocks + m));
+      const int64_t block =
+          call_.args[kTable].Get<int32_t>(static_cast<size_t>(sequence * shape_.table_blocks + m));
       if (block < 0 || block >= shape_.blocks) continue;
       for (int64_t i = 0; i < shape_.block_rows; ++i) {
         const int64_t number = m * shape_.block_rows + i;
@@ -133,15 +133,16 @@ inline double CheckNear(const RandomCall& got, const Shape& shape, const Expecte
     if (shape.q_dtype == DType::kBF16) slack += std::abs(expected.out[i]) * 0x1p-8;
     const double off = std::abs(value - expected.out[i]);
     Check(off <= slack || greatest == 0, where + ": out[" + std::to_string(i) + "]: expected " +
-                             std::to_string(expected.out[i]) + ", got " + std::to_string(value));
+                                             std::to_string(expected.out[i]) + ", got " +
+                                             std::to_string(value));
     if (greatest > 0) error = std::max(error, off / greatest);
   }
   for (size_t i = 0; shape.return_lse && i < expected.lse.size(); ++i) {
     const double value = ValueOf(got.rets[kLse], static_cast<int64_t>(i));
     if (value == expected.lse[i]) continue;  // infinities, too
     Check(std::abs(value - expected.lse[i]) <= 2 * allowed + 1e-6 * std::abs(expected.lse[i]),
-          where + ": lse[" + std::to_string(i) + "]: expected " +
-              std::to_string(expected.lse[i]) + ", got " + std::to_string(value));
+          where + ": lse[" + std::to_string(i) + "]: expected " + std::to_string(expected.lse[i]) +
+              ", got " + std::to_string(value));
   }
   return shape.q_dtype == DType::kF32 ? error / allowed : 0;
 }

@@ -1,5 +1,5 @@
-// Owns the test that the attention kernel reads no byte before or behind a cache, whatever the table
-// and the positions: the caches lie against pages that nobody may touch.
+// Owns the test that the attention kernel reads no byte before or behind a cache, whatever the
+// table and the positions: the caches lie against pages that nobody may touch.
 #include <sys/mman.h>
 #include <unistd.h>
 

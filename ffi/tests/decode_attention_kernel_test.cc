@@ -57,8 +57,8 @@ double TestRandomCalls(int cases) {
     Random random(static_cast<uint32_t>(seed));
     const Sizes sizes = RandomSizes(random);
     const Options options = RandomOptions(random, sizes.block_rows * sizes.table_blocks);
-    error = std::max(error, CheckCall(MakeRandomCall(random, sizes, options),
-                                      "seed " + std::to_string(seed)));
+    error = std::max(
+        error, CheckCall(MakeRandomCall(random, sizes, options), "seed " + std::to_string(seed)));
   }
   return error;
 }

@@ -13,8 +13,8 @@
 namespace jax_kvcache::decode_attention {
 namespace {
 
-Shape MakeShape(int64_t sequences, int64_t queries, int64_t num_q, int64_t num_kv,
-                int64_t head_dim, int64_t rows) {
+Shape MakeShape(int64_t sequences, int64_t queries, int64_t num_q, int64_t num_kv, int64_t head_dim,
+                int64_t rows) {
   Shape shape;
   shape.groups.count = 1;
   shape.sequences = sequences;
@@ -30,8 +30,8 @@ Shape MakeShape(int64_t sequences, int64_t queries, int64_t num_q, int64_t num_k
 
 // How often each (query, head, row) is in a part.
 std::vector<int> Cover(const Shape& shape, const Plan& plan) {
-  std::vector<int> times(static_cast<size_t>(shape.sequences * shape.queries *
-                                             shape.num_kv_heads * shape.block_rows));
+  std::vector<int> times(
+      static_cast<size_t>(shape.sequences * shape.queries * shape.num_kv_heads * shape.block_rows));
   for (const Part& part : plan.parts) {
     for (int64_t s = part.query_begin; s < part.query_end; ++s) {
       for (int64_t h = part.head_begin; h < part.head_end; ++h) {
@@ -69,8 +69,8 @@ void CheckPlan(const Shape& shape, const std::vector<int32_t>& positions,
           const bool seen = row <= position && (shape.window == 0 || row > position - shape.window);
           const int n =
               times[static_cast<size_t>((query * shape.num_kv_heads + h) * shape.block_rows + row)];
-          Check(n == 1 || (n == 0 && !seen), where + ": row " + std::to_string(row) + " is in " +
-                                                 std::to_string(n) + " parts");
+          Check(n == 1 || (n == 0 && !seen),
+                where + ": row " + std::to_string(row) + " is in " + std::to_string(n) + " parts");
         }
       }
     }

@@ -112,8 +112,8 @@ inline RandomCall MakeRandomCall(Random& random, const Sizes& s, const Options& 
   c.args[kQ].Reset(o.dtype, all({s.sequences, s.queries, s.num_q_heads, s.head_dim}));
   FillFloats(random, &c.args[kQ], -2, 2, o.hostile);
   for (const Arg arg : {kKCache, kVCache}) {
-    c.args[arg].Reset(DType::kS8, shared(join(s.blocks, {s.block_rows, s.num_kv_heads,
-                                                         s.head_dim})));
+    c.args[arg].Reset(DType::kS8,
+                      shared(join(s.blocks, {s.block_rows, s.num_kv_heads, s.head_dim})));
     for (uint8_t& byte : c.args[arg].bytes()) byte = static_cast<uint8_t>(random() >> 8);
   }
   int64_t blocks = 1;

@@ -1,5 +1,5 @@
-// Owns the test with eight callers of decode_attention at the same time, whose calls run on one pool,
-// as under XLA. It is meant for ThreadSanitizer.
+// Owns the test with eight callers of decode_attention at the same time, whose calls run on one
+// pool, as under XLA. It is meant for ThreadSanitizer.
 #include <string>
 #include <thread>
 #include <utility>
