@@ -1,14 +1,42 @@
 """The few things from JAX's private modules, each with its reason; guarded by tests/test_compat.py.
 
-Written against JAX 0.10.2 and 0.12.
+Written against JAX 0.9.1 (which the public Ascend plugin is made for), 0.10.2 and 0.12.
 """
 
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
-from jax._src import dispatch, xla_bridge
+import jax
+from jax import core
+from jax._src import checkify, dispatch, xla_bridge
 from jax._src.interpreters import mlir
 from jax.extend.core import Primitive
 from jaxlib import xla_client
+from jaxlib.mlir.dialects import sdy
+
+# What a type says of manual mesh axes: since JAX 0.10 an object that has the varying axes among
+# others, before that the varying axes themselves.
+_MANUAL_AXES = "manual_axis_type" if hasattr(core.ShapedArray, "manual_axis_type") else "vma"
+
+
+def varying_axes(aval: Any) -> frozenset[str]:
+    """The manual mesh axes over which an array of this type varies."""
+    manual = getattr(aval, _MANUAL_AXES)
+    return getattr(manual, "varying", manual)
+
+
+def shaped_array(shape: Sequence[Any], dtype: Any, sharding: Any, varying_as: Any) -> Any:
+    """A type with a sharding, which varies over the manual mesh axes as another type does."""
+    manual = {_MANUAL_AXES: getattr(varying_as, _MANUAL_AXES)}
+    return core.ShapedArray(shape, dtype, sharding=sharding, **manual)
+
+
+def nests_manual_axes() -> bool:
+    """Whether a shard_map over some mesh axes may be inside one over others, axis indices and all.
+
+    Before JAX 0.10 the program that it makes is refused.
+    """
+    return jax.__version_info__ >= (0, 10)
 
 
 def enable_donation(platforms) -> None:
@@ -46,6 +74,11 @@ def has_custom_call_handler(platform: str) -> bool:
     return platform in xla_client._custom_callback_handler
 
 
+def queued_ffi_targets(platform: str) -> set[str]:
+    """The names of the FFI targets that JAX still keeps for a plugin of `platform`."""
+    return {name for name, *_ in xla_client._custom_callback.get(platform, ())}
+
+
 def register_custom_call_handler(platform: str, handler) -> None:
     """What a plugin does to take FFI targets through `jax.ffi`."""
     xla_client.register_custom_call_handler(platform, handler)
@@ -75,6 +108,72 @@ def num_automatic_devices(ctx) -> int:
     return getattr(ctx.module_context.axis_context, "num_devices", 1)
 
 
+_keep_sharding_p = Primitive("keep_sharding")
+_keep_sharding_p.def_abstract_eval(lambda value: value)
+
+
+def _lower_keep_sharding(ctx, value):
+    if not jax.config.jax_use_shardy_partitioner:
+        return [value]
+    return [sdy.PropagationBarrierOp(value, sdy.PropagationDirection.FORWARD).result]
+
+
+mlir.register_lowering(_keep_sharding_p, _lower_keep_sharding)
+
+
+def keep_sharding_of(value: jax.Array) -> jax.Array:
+    """The value, with a sharding that what comes after it cannot change.
+
+    Shardy propagates shardings in both directions, and JAX has no name for its barrier, which lets
+    them through in one.
+    """
+    return _keep_sharding_p.bind(value)
+
+
 def is_export(ctx) -> bool:
     """Whether the program is being lowered by jax.export."""
     return ctx.module_context.lowering_parameters.for_export
+
+
+class Finding(NamedTuple):
+    """What a check finds in a call of a primitive under `jax.experimental.checkify`.
+
+    Attributes:
+      failed: bool scalar.
+      message: with a name in braces for each number.
+      numbers: scalars.
+      out_of_bounds: whether it is an index error too, which `checkify.index_checks` asks for.
+    """
+
+    failed: jax.Array
+    message: str
+    numbers: dict[str, jax.Array]
+    out_of_bounds: bool
+
+
+def add_checks(primitive: Primitive, findings: Callable[..., Iterable[Finding]]) -> None:
+    """Makes `jax.experimental.checkify` report what `findings` finds in a call of `primitive`.
+
+    A check in the program itself would stay there when nobody looks. JAX has no public way to give
+    a primitive a rule. In JAX 0.12 a rule has a context in front of its other arguments.
+
+    Args:
+      primitive: with multiple results.
+      findings: of the primitive's operands and parameters.
+    """
+
+    assert_func: Any = checkify.assert_func
+
+    def rule(*arguments: Any, **params: Any) -> tuple[Any, Any]:
+        has_context = not isinstance(arguments[0], checkify.Error)
+        context, (error, enabled, *operands) = arguments[:has_context], arguments[has_context:]
+        for found in findings(*operands, **params):
+            kinds: list[Any] = [checkify.FailedCheckError]
+            kinds += [checkify.OOBError] if found.out_of_bounds else []
+            if any(kind in enabled for kind in kinds):
+                trace = checkify.get_traceback()
+                failure = checkify.FailedCheckError(trace, found.message, **found.numbers)
+                error = assert_func(*context, error, found.failed, failure)
+        return error, primitive.bind(*operands, **params)
+
+    checkify.error_checks[primitive] = rule

@@ -14,13 +14,14 @@ import ml_dtypes
 import numpy as np
 
 import jax_kvcache
-from jax_kvcache.model import load_model
+from jax_kvcache.checkpoints import load_demo
 
-model = load_model()
+model = load_demo()
 config = model.config
 Nq, Nkv, D = config.n_q_heads, config.n_kv_heads, config.head_dim
 half, F16, F32 = D // 2, np.float16, np.float32
-layer = jax.tree.map(lambda a: a[0], model.layers)
+layer = model.layers[0]
+(qkv,) = layer.qkv  # one projection for q, k and v
 scale = np.asarray(model.cache_params["scale_k"][0])  # [Nkv, D]
 
 # %% [markdown]
@@ -30,17 +31,17 @@ scale = np.asarray(model.cache_params["scale_k"][0])  # [Nkv, D]
 # %%
 printable = jnp.arange(32, 128)
 h = model.embed[printable]
-h = h * jax.lax.rsqrt(jnp.mean(h * h, -1, keepdims=True) + config.norm_eps) * layer["norm1"]
+h = h * jax.lax.rsqrt(jnp.mean(h * h, -1, keepdims=True) + config.norm_eps) * layer.norm1
 activation_scale = jnp.max(jnp.abs(h), -1) / 127
 accumulators = jax.lax.dot_general(
     jnp.rint(h / activation_scale[:, None]).astype(jnp.int8),
-    layer["wqkv"],
-    (((1,), (0,)), ((), ())),
+    qkv.weight,
+    (((1,), (1,)), ((), ())),
     preferred_element_type=jnp.int32,
 )  # [N, H]
 N, S, CHUNK = len(printable), 2048, 512
 tables = {
-    dtype: jax_kvcache.rope_tables(jnp.arange(S)[None, :], D, config.rope_theta, dtype)
+    dtype: jax_kvcache.rope_tables(jnp.arange(S)[None, :], D, config.rope.theta, dtype)
     for dtype in (jnp.float32, jnp.float16)
 }  # [1, S, 1, D]
 
@@ -54,8 +55,8 @@ def operator(dtype, start, implementation="xla"):
     result = jax_kvcache.dequant_rope_quant_kvcache(
         jnp.repeat(accumulators[:, None], CHUNK, 1), cos, sin,
         jnp.zeros(shape, jnp.int8), jnp.zeros(shape, jnp.int8), jnp.zeros((N,), jnp.int32),
-        jnp.asarray(scale), jnp.asarray(scale), weight_scale=layer["wqkv_scale"],
-        activation_scale=jnp.repeat(activation_scale, CHUNK), bias=layer["bqkv"],
+        jnp.asarray(scale), jnp.asarray(scale), weight_scale=qkv.weight_scale,
+        activation_scale=jnp.repeat(activation_scale, CHUNK), bias=qkv.bias,
         implementation=implementation,
     )  # fmt: skip
     return np.asarray(result.k_cache)
@@ -73,9 +74,7 @@ print(f"{codes.size:,} codes")
 # every code, for float32 and for float16 tables.
 
 # %%
-ws, bias, activation = (
-    np.asarray(a) for a in (layer["wqkv_scale"], layer["bqkv"], activation_scale)
-)
+ws, bias, activation = (np.asarray(a) for a in (qkv.weight_scale, qkv.bias, activation_scale))
 y = np.asarray(accumulators).astype(F32) * ws * activation[:, None] + bias
 k = y[:, Nq * D : (Nq + Nkv) * D].reshape(N, 1, Nkv, D)
 cos, sin = (np.asarray(t) for t in tables[jnp.float32])

@@ -29,6 +29,7 @@ using CreateTensorFn = aclTensor*(const int64_t* view_dims, uint64_t view_dims_n
 using DestroyTensorFn = Status(const aclTensor* tensor);
 using CreateIntArrayFn = aclIntArray*(const int64_t* value, uint64_t size);
 using DestroyIntArrayFn = Status(const aclIntArray* array);
+// The next two are documented from CANN 8.0 on.
 using SetExecutorRepeatableFn = Status(aclOpExecutor* executor);
 using DestroyExecutorFn = Status(aclOpExecutor* executor);
 

@@ -6,7 +6,9 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <fstream>
 #include <initializer_list>
+#include <sstream>
 #include <vector>
 
 namespace jax_kvcache::cann {
@@ -19,18 +21,23 @@ void AddOnce(std::vector<std::string>* list, const std::string& entry) {
   if (std::find(list->begin(), list->end(), entry) == list->end()) list->push_back(entry);
 }
 
+// The parts of a text that are not empty, without blanks around them.
+std::vector<std::string> Split(const std::string& text, char separator) {
+  constexpr char kBlanks[] = " \t\r";
+  std::vector<std::string> parts;
+  std::istringstream stream(text);
+  for (std::string part; std::getline(stream, part, separator);) {
+    const size_t begin = part.find_first_not_of(kBlanks);
+    if (begin == std::string::npos) continue;
+    AddOnce(&parts, part.substr(begin, part.find_last_not_of(kBlanks) + 1 - begin));
+  }
+  return parts;
+}
+
 // The entries of a colon-separated environment variable.
 std::vector<std::string> Entries(const char* variable) {
-  std::vector<std::string> entries;
   const char* value = std::getenv(variable);
-  if (value == nullptr) return entries;
-  const std::string text = value;
-  for (size_t begin = 0; begin <= text.size();) {
-    const size_t end = std::min(text.find(':', begin), text.size());
-    if (end > begin) AddOnce(&entries, text.substr(begin, end - begin));
-    begin = end + 1;
-  }
-  return entries;
+  return value == nullptr ? std::vector<std::string>{} : Split(value, ':');
 }
 
 // The toolkit's library folders, according to the variables that its set_env.sh sets.
@@ -49,12 +56,33 @@ std::vector<std::string> Places(const std::string& name) {
   return places;
 }
 
+// The folders of the packages of operators that are installed into a toolkit, in the order that its
+// vendors/config.ini gives: "load_priority=NAME,NAME".
+std::vector<std::string> VendorFolders() {
+  constexpr char kKey[] = "load_priority=";
+  std::vector<std::string> folders;
+  for (const std::string& operators : Entries("ASCEND_OPP_PATH")) {
+    std::ifstream config(operators + "/vendors/config.ini");
+    for (std::string line; std::getline(config, line);) {
+      if (line.rfind(kKey, 0) != 0) continue;
+      for (const std::string& name : Split(line.substr(sizeof kKey - 1), ',')) {
+        AddOnce(&folders, operators + "/vendors/" + name);
+      }
+      break;
+    }
+  }
+  return folders;
+}
+
 // Where the operator may be, in the order that the vendor's own loader uses: libraries of custom
-// operators, the single operator library of older releases, the several ones of newer releases.
+// operators, those of vendors' packages, the single operator library of older releases, the several
+// ones of newer releases (from 8.5 on libopapi_transformer.so has it).
 std::vector<std::string> OperatorPlaces() {
   std::vector<std::string> places;
-  for (const std::string& entry : Entries("ASCEND_CUSTOM_OPP_PATH")) {
-    places.push_back(entry + "/op_api/lib/libcust_opapi.so");
+  std::vector<std::string> folders = Entries("ASCEND_CUSTOM_OPP_PATH");
+  for (const std::string& folder : VendorFolders()) AddOnce(&folders, folder);
+  for (const std::string& folder : folders) {
+    places.push_back(folder + "/op_api/lib/libcust_opapi.so");
   }
   for (const std::string& place : Places("libopapi.so")) places.push_back(place);
   for (const std::string& folder : ToolkitFolders()) {
@@ -73,7 +101,7 @@ class Search {
     Binding binding;
     Api& api = binding.api;
     binding.ok = Operator(&api) && Base(&api) && Runtime(&api);
-    binding.text = binding.ok ? files_ : error_;
+    binding.text = binding.ok ? files_ + notes_ : error_;
     return binding;
   }
 
@@ -96,14 +124,16 @@ class Search {
   bool Base(Api* api) {
     std::vector<void*> libraries = {operator_};
     for (const std::string& place : Places("libnnopbase.so")) libraries.push_back(Open(place));
-    const bool found =
-        Load("aclCreateTensor", libraries, &api->create_tensor) &&
-        Load("aclDestroyTensor", libraries, &api->destroy_tensor) &&
-        Load("aclCreateIntArray", libraries, &api->create_int_array) &&
-        Load("aclDestroyIntArray", libraries, &api->destroy_int_array) &&
-        Load("aclSetAclOpExecutorRepeatable", libraries, &api->set_executor_repeatable) &&
-        Load("aclDestroyAclOpExecutor", libraries, &api->destroy_executor);
+    const bool found = Load("aclCreateTensor", libraries, &api->create_tensor) &&
+                       Load("aclDestroyTensor", libraries, &api->destroy_tensor) &&
+                       Load("aclCreateIntArray", libraries, &api->create_int_array) &&
+                       Load("aclDestroyIntArray", libraries, &api->destroy_int_array);
     if (!found) return Fail(missing_ + " (of libnnopbase.so)");
+    for (const bool optional :
+         {Load("aclSetAclOpExecutorRepeatable", libraries, &api->set_executor_repeatable),
+          Load("aclDestroyAclOpExecutor", libraries, &api->destroy_executor)}) {
+      if (!optional) notes_ = "; without " + missing_;
+    }
     AddFile(reinterpret_cast<void*>(api->create_tensor));
     return true;
   }
@@ -157,6 +187,7 @@ class Search {
   std::string tried_;
   std::string files_;
   std::string missing_;
+  std::string notes_;
   std::string error_;
 };
 

@@ -14,8 +14,8 @@ struct Api {
   DestroyTensorFn* destroy_tensor = nullptr;
   CreateIntArrayFn* create_int_array = nullptr;
   DestroyIntArrayFn* destroy_int_array = nullptr;
-  SetExecutorRepeatableFn* set_executor_repeatable = nullptr;
-  DestroyExecutorFn* destroy_executor = nullptr;
+  SetExecutorRepeatableFn* set_executor_repeatable = nullptr;  // optional
+  DestroyExecutorFn* destroy_executor = nullptr;               // optional
   GetWorkspaceSizeFn* get_workspace_size = nullptr;
   LaunchFn* launch = nullptr;
   GetRecentErrMsgFn* get_recent_err_msg = nullptr;
@@ -23,7 +23,7 @@ struct Api {
 
 struct Binding {
   bool ok = false;
-  Api api;           // complete if `ok`
+  Api api;           // complete but for the optional functions if `ok`
   std::string text;  // the files that were found, or why not, with every place that was searched
 };
 

@@ -5,6 +5,10 @@
 #include "aclnn/acl_meta.h"
 #include "aclnnop/aclnn_dequant_rope_quant_kvcache.h"
 #include "ascend/cann.h"
+#include "ascend/cann_status.h"
+#if __has_include("aclnn/opdev/op_errno.h")
+#include "aclnn/opdev/op_errno.h"
+#endif
 
 namespace {
 
@@ -49,5 +53,22 @@ static_assert(static_cast<int>(ACL_INT8) == cann::kInt8);
 static_assert(static_cast<int>(ACL_INT32) == cann::kInt32);
 static_assert(static_cast<int>(ACL_BF16) == cann::kBf16);
 static_assert(static_cast<int>(ACL_FORMAT_ND) == cann::kFormatNd);
+
+// Not every package of headers has the status codes.
+#if __has_include("aclnn/opdev/op_errno.h")
+static_assert(ACLNN_SUCCESS == cann::kSuccess);
+static_assert(ACLNN_ERR_PARAM_NULLPTR == cann::kParamNullptr);
+static_assert(ACLNN_ERR_PARAM_INVALID == cann::kParamInvalid);
+static_assert(ACLNN_ERR_RUNTIME_ERROR == cann::kRuntimeError);
+static_assert(ACLNN_ERR_INNER == cann::kInner);
+static_assert(ACLNN_ERR_INNER_INFERSHAPE_ERROR == cann::kInnerInferShape);
+static_assert(ACLNN_ERR_INNER_TILING_ERROR == cann::kInnerTiling);
+static_assert(ACLNN_ERR_INNER_FIND_KERNEL_ERROR == cann::kInnerFindKernel);
+static_assert(ACLNN_ERR_INNER_CREATE_EXECUTOR == cann::kInnerCreateExecutor);
+static_assert(ACLNN_ERR_INNER_NOT_TRANS_EXECUTOR == cann::kInnerNotTransExecutor);
+static_assert(ACLNN_ERR_INNER_NULLPTR == cann::kInnerNullptr);
+static_assert(ACLNN_ERR_INNER_OPP_PATH_NOT_FOUND == cann::kInnerOppPathNotFound);
+static_assert(ACLNN_ERR_INNER_OPP_KERNEL_PKG_NOT_FOUND == cann::kInnerOppKernelPkgNotFound);
+#endif
 
 }  // namespace

@@ -1,6 +1,8 @@
 // Owns how a session creates and destroys CANN's objects.
 #include "ascend/cann_session.h"
 
+#include <atomic>
+
 #include "ascend/cann_status.h"
 
 namespace jax_kvcache::cann {
@@ -43,18 +45,30 @@ void Session::Launch(void* workspace, uint64_t workspace_size, Stream stream) {
 }
 
 void Session::Close() {
-  if (executor_ != nullptr) {
-    // CANN's documentation allows a caller to destroy an executor only after making it repeatable.
-    Note("aclSetAclOpExecutorRepeatable", api_.set_executor_repeatable(executor_));
-    Note("aclDestroyAclOpExecutor", api_.destroy_executor(executor_));
-    executor_ = nullptr;
-  }
+  if (executor_ != nullptr) DestroyExecutor();
   if (array_ != nullptr) {
     Note("aclDestroyIntArray", api_.destroy_int_array(array_));
     array_ = nullptr;
   }
   while (num_tensors_ > 0) {
     Note("aclDestroyTensor", api_.destroy_tensor(tensors_[--num_tensors_]));
+  }
+}
+
+void Session::DestroyExecutor() {
+  aclOpExecutor* const executor = executor_;
+  executor_ = nullptr;
+  if (api_.set_executor_repeatable != nullptr && api_.destroy_executor != nullptr) {
+    // CANN's documentation allows a caller to destroy an executor only after making it repeatable.
+    Note("aclSetAclOpExecutorRepeatable", api_.set_executor_repeatable(executor));
+    Note("aclDestroyAclOpExecutor", api_.destroy_executor(executor));
+    return;
+  }
+  static std::atomic<bool> said{false};
+  if (!said.exchange(true)) {
+    leak_ =
+        " This release of CANN has no aclDestroyAclOpExecutor, so each such failure leaks one of "
+        "its executors.";
   }
 }
 

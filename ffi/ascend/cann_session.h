@@ -39,11 +39,16 @@ class Session {
   const std::string& error() const { return error_; }
   bool callers_fault() const { return callers_fault_; }
 
+  // One sentence, with a space before it, if Close could not free an executor. It is said once in a
+  // process, and is empty afterwards.
+  const std::string& leak() const { return leak_; }
+
  private:
   static constexpr int kMaxTensors = 16;  // 13 operands and 3 results
   static constexpr int kMaxRank = 4;      // a cache's
 
   void Fail(const std::string& what, const char* advice);
+  void DestroyExecutor();
 
   const Api& api_;
   aclTensor* tensors_[kMaxTensors] = {};
@@ -51,6 +56,7 @@ class Session {
   aclIntArray* array_ = nullptr;
   aclOpExecutor* executor_ = nullptr;
   std::string error_;
+  std::string leak_;
   bool callers_fault_ = false;
 };
 

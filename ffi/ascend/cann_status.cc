@@ -11,28 +11,28 @@ struct Entry {
 };
 
 constexpr Entry kEntries[] = {
-    {161001, "ACLNN_ERR_PARAM_NULLPTR",
+    {kParamNullptr, "ACLNN_ERR_PARAM_NULLPTR",
      "This release of CANN requires an argument that was not given: compare its documentation of "
      "aclnnDequantRopeQuantKvcache, or use implementation=\"xla\"."},
-    {161002, "ACLNN_ERR_PARAM_INVALID",
+    {kParamInvalid, "ACLNN_ERR_PARAM_INVALID",
      "This release of CANN refuses a dtype or a shape of the call: its message says which; "
      "implementation=\"xla\" runs the call without the operator."},
-    {361001, "ACLNN_ERR_RUNTIME_ERROR",
+    {kRuntimeError, "ACLNN_ERR_RUNTIME_ERROR",
      "The NPU runtime failed: check the device with `npu-smi info`, and rerun with "
      "ASCEND_GLOBAL_LOG_LEVEL=1 and ASCEND_SLOG_PRINT_TO_STDOUT=1 to see its log."},
-    {561000, "ACLNN_ERR_INNER", ""},
-    {561001, "ACLNN_ERR_INNER_INFERSHAPE_ERROR", ""},
-    {561002, "ACLNN_ERR_INNER_TILING_ERROR", ""},
-    {561003, "ACLNN_ERR_INNER_FIND_KERNEL_ERROR",
-     "CANN has no kernel of the operator for this chip: it needs Atlas A2 or 800I A2, and the "
-     "kernels package of the toolkit's own release."},
-    {561101, "ACLNN_ERR_INNER_CREATE_EXECUTOR", ""},
-    {561102, "ACLNN_ERR_INNER_NOT_TRANS_EXECUTOR", ""},
-    {561103, "ACLNN_ERR_INNER_NULLPTR", ""},
-    {561107, "ACLNN_ERR_INNER_OPP_PATH_NOT_FOUND",
+    {kInner, "ACLNN_ERR_INNER", ""},
+    {kInnerInferShape, "ACLNN_ERR_INNER_INFERSHAPE_ERROR", ""},
+    {kInnerTiling, "ACLNN_ERR_INNER_TILING_ERROR", ""},
+    {kInnerFindKernel, "ACLNN_ERR_INNER_FIND_KERNEL_ERROR",
+     "CANN has no kernel of the operator for this chip: it needs Atlas A2, 800I A2 or A3, and "
+     "the kernels package of the toolkit's own release."},
+    {kInnerCreateExecutor, "ACLNN_ERR_INNER_CREATE_EXECUTOR", ""},
+    {kInnerNotTransExecutor, "ACLNN_ERR_INNER_NOT_TRANS_EXECUTOR", ""},
+    {kInnerNullptr, "ACLNN_ERR_INNER_NULLPTR", ""},
+    {kInnerOppPathNotFound, "ACLNN_ERR_INNER_OPP_PATH_NOT_FOUND",
      "CANN does not find its operators: run `source set_env.sh` of the toolkit, which sets "
      "ASCEND_OPP_PATH, before Python."},
-    {561112, "ACLNN_ERR_INNER_OPP_KERNEL_PKG_NOT_FOUND",
+    {kInnerOppKernelPkgNotFound, "ACLNN_ERR_INNER_OPP_KERNEL_PKG_NOT_FOUND",
      "CANN's kernels package for this chip is not installed: install the Ascend-cann-kernels "
      "package of the toolkit's own release."},
 };

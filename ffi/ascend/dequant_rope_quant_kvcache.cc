@@ -8,6 +8,8 @@
 
 #include "ascend/cann_binding.h"
 #include "ascend/cann_session.h"
+#include "ascend/metadata.h"
+#include "ascend/scratch.h"
 #include "core/xla_call.h"
 
 namespace jax_kvcache::dequant_rope_quant_kvcache {
@@ -15,7 +17,7 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-// The NPU's vector accesses need 32 bytes, and CANN's own allocator gives 512.
+// CANN asks for 32 bytes, and its own allocator gives 512.
 constexpr size_t kWorkspaceAlignment = 512;
 
 std::optional<cann::DataType> AclDataType(DType dtype) {
@@ -118,7 +120,7 @@ ffi::Error Failed(ffi::ErrorCode code, const std::string& what) {
                               " Caches donated to this call are deleted; others are unchanged.");
 }
 
-ffi::Error Run(cann::Stream stream, ffi::ScratchAllocator scratch, ffi::RemainingArgs args,
+ffi::Error Run(cann::Stream stream, Scratch scratch, ffi::RemainingArgs args,
                ffi::RemainingRets rets, bool kv_output) {
   Call call;
   call.kv_output = kv_output;
@@ -133,17 +135,17 @@ ffi::Error Run(cann::Stream stream, ffi::ScratchAllocator scratch, ffi::Remainin
 
   cann::Session session(binding.api);
   const uint64_t workspace_size = Describe(binding.api, call, shape, &session);
-  std::optional<void*> workspace = nullptr;
+  void* workspace = nullptr;
   if (session.ok() && workspace_size > 0) {
     workspace = scratch.Allocate(workspace_size, kWorkspaceAlignment);
   }
-  if (session.ok() && workspace.has_value()) session.Launch(*workspace, workspace_size, stream);
+  if (session.ok() && scratch.error().empty()) session.Launch(workspace, workspace_size, stream);
   session.Close();
-  if (!workspace.has_value()) {
+  if (!scratch.error().empty()) {
     return Failed(ffi::ErrorCode::kResourceExhausted,
                   "the operator's workspace of " + std::to_string(workspace_size) +
-                      " bytes could not be allocated on the device." +
-                      (session.ok() ? "" : " Then " + session.error()));
+                      " bytes could not be allocated on the device (" + scratch.error() + ")." +
+                      (session.ok() ? "" : " Then " + session.error()) + session.leak());
   }
   if (session.ok()) return ffi::Error::Success();
   return Failed(
@@ -156,14 +158,17 @@ ffi::Error Run(cann::Stream stream, ffi::ScratchAllocator scratch, ffi::Remainin
 
 JAX_KVCACHE_EXPORT XLA_FFI_Error* dequant_rope_quant_kvcache_ascend(XLA_FFI_CallFrame* call_frame);
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(dequant_rope_quant_kvcache_ascend,
-                              jax_kvcache::dequant_rope_quant_kvcache::Run,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::PlatformStream<jax_kvcache::cann::Stream>>()
-                                  .Ctx<xla::ffi::ScratchAllocator>()
-                                  .RemainingArgs()
-                                  .RemainingRets()
-                                  .Attr<bool>("kv_output"));
+XLA_FFI_Error* dequant_rope_quant_kvcache_ascend(XLA_FFI_CallFrame* call_frame) {
+  if (jax_kvcache::AsksForMetadata(*call_frame)) return jax_kvcache::AnswerMetadata(call_frame);
+  XLA_FFI_DEFINE_HANDLER(handler, jax_kvcache::dequant_rope_quant_kvcache::Run,
+                         xla::ffi::Ffi::Bind()
+                             .Ctx<xla::ffi::PlatformStream<jax_kvcache::cann::Stream>>()
+                             .Ctx<jax_kvcache::Scratch>()
+                             .RemainingArgs()
+                             .RemainingRets()
+                             .Attr<bool>("kv_output"));
+  return (*handler)(call_frame);
+}
 
 // Looks for CANN. Returns 1 and sets `text` to the files found, or returns 0 and sets it to the
 // reason.

@@ -20,6 +20,8 @@ namespace {
 constexpr uintptr_t kDeviceBit = uintptr_t{1} << 52;
 constexpr uint8_t kArbitraryByte = 0xA5;
 constexpr size_t kFilledBytes = 1 << 16;  // filling all 16 MiB would take longer than the call
+constexpr uint8_t kGuardByte = 0x5A;
+constexpr size_t kPageSize = 4096;
 
 thread_local HandlerCall* current_call = nullptr;
 
@@ -133,6 +135,41 @@ void Enqueue(Stream* stream, std::function<void()> work) {
   }
 }
 
+namespace {
+
+struct ScratchBlocks {
+  std::mutex mutex;
+  std::map<void*, size_t> size_of;  // by device address
+};
+
+ScratchBlocks& AllScratch() {
+  static ScratchBlocks* const blocks = new ScratchBlocks;
+  return *blocks;
+}
+
+bool IsGuard(const uint8_t* guard) {
+  return std::all_of(guard, guard + kScratchAlignment, [](uint8_t b) { return b == kGuardByte; });
+}
+
+// Gives scratch memory that the stream no longer needs back to the host.
+void Release(void* device) {
+  size_t size = 0;
+  {
+    ScratchBlocks& blocks = AllScratch();
+    const std::lock_guard<std::mutex> lock(blocks.mutex);
+    size = blocks.size_of[device];
+    blocks.size_of.erase(device);
+  }
+  auto* const memory = static_cast<uint8_t*>(ToHost(device));
+  uint8_t* const block = memory - kScratchAlignment;
+  if (!IsGuard(block) || !IsGuard(memory + size)) {
+    Ledger::Get().Fault("wrote outside scratch memory");
+  }
+  free(block);
+}
+
+}  // namespace
+
 HandlerCall::HandlerCall() : outer_(current_call) { current_call = this; }
 
 HandlerCall::~HandlerCall() { current_call = outer_; }
@@ -148,29 +185,48 @@ void HandlerCall::Finish() {
   }
   for (const Job& job : jobs_) job.stream->Wait();
   jobs_.clear();
-  for (void* host : scratch_) free(host);
+  for (void* device : scratch_) Release(device);
   scratch_.clear();
 }
 
-void* AllocateScratch(size_t size, size_t alignment) {
+void* AllocateScratch(size_t size) {
   if (Ledger::Get().Enter("scratch") != 0) return nullptr;
-  alignment = std::max<size_t>(alignment, 64);
-  size = std::max<size_t>((size + alignment - 1) / alignment * alignment, alignment);
-  void* const host = aligned_alloc(alignment, size);
-  if (host == nullptr) return nullptr;
-  memset(host, kArbitraryByte, std::min(size, kFilledBytes));
-  Ledger::Get().Created("scratch", host);
-  return ToDevice(host);
+  // A page, of which the last kScratchAlignment bytes before the memory are a guard, the memory,
+  // and a guard of the same size after it.
+  const size_t total = kScratchAlignment + size + kScratchAlignment;
+  auto* const block = static_cast<uint8_t*>(
+      aligned_alloc(kPageSize, (total + kPageSize - 1) / kPageSize * kPageSize));
+  if (block == nullptr) return nullptr;
+  uint8_t* const memory = block + kScratchAlignment;
+  memset(block, kGuardByte, kScratchAlignment);
+  memset(memory, kArbitraryByte, std::min(size, kFilledBytes));
+  memset(memory + size, kGuardByte, kScratchAlignment);
+  void* const device = ToDevice(memory);
+  ScratchBlocks& blocks = AllScratch();
+  const std::lock_guard<std::mutex> lock(blocks.mutex);
+  blocks.size_of[device] = size;
+  Ledger::Get().Created("scratch", device);
+  return device;
 }
 
 void FreeScratch(void* device) {
-  void* const host = ToHost(device);
-  if (!Ledger::Get().Destroyed("scratch", host)) return;
+  if (!Ledger::Get().Destroyed("scratch", device)) return;
   if (HandlerCall* call = HandlerCall::Current()) {
-    call->FreeLater(host);
+    call->FreeLater(device);
   } else {
-    free(host);
+    Release(device);
   }
+}
+
+bool IsScratch(const void* device, size_t size) {
+  ScratchBlocks& blocks = AllScratch();
+  const std::lock_guard<std::mutex> lock(blocks.mutex);
+  const auto address = reinterpret_cast<uintptr_t>(device);
+  for (const auto& [start, length] : blocks.size_of) {
+    const auto begin = reinterpret_cast<uintptr_t>(start);
+    if (address >= begin && address + size <= begin + length) return true;
+  }
+  return false;
 }
 
 }  // namespace standin

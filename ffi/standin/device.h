@@ -48,7 +48,7 @@ class HandlerCall {
     std::function<void()> work;
   };
   void Defer(Job job);
-  void FreeLater(void* host) { scratch_.push_back(host); }
+  void FreeLater(void* device) { scratch_.push_back(device); }
 
  private:
   HandlerCall* outer_;
@@ -56,9 +56,16 @@ class HandlerCall {
   std::vector<void*> scratch_;
 };
 
-// Scratch memory with arbitrary contents, as a device's has; null if a failure was injected.
-void* AllocateScratch(size_t size, size_t alignment);
+// The most that XLA's runtime aligns scratch memory to; it refuses to be asked for more.
+constexpr size_t kScratchAlignment = 16;
+
+// Scratch memory with arbitrary contents, as a device's has; null if a failure was injected. The
+// address is a multiple of kScratchAlignment and of no higher power of two.
+void* AllocateScratch(size_t size);
+// Records a fault if something was written before or after the memory.
 void FreeScratch(void* device);
+// Whether `size` bytes from `device` on are in scratch memory that has not been freed.
+bool IsScratch(const void* device, size_t size);
 
 }  // namespace standin
 

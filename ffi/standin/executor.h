@@ -41,6 +41,7 @@ struct aclOpExecutor {
   const aclTensor* tensors[standin::kNumOperands];  // null where absent
   bool kv_output;
   bool repeatable;
+  bool asked_to_be_repeatable;  // also if that failed
 };
 
 #endif  // JAX_KVCACHE_FFI_STANDIN_EXECUTOR_H_

@@ -55,14 +55,26 @@ extern "C" aclnnStatus aclDestroyIntArray(const aclIntArray* array) {
   return Destroy("aclDestroyIntArray", "int_array", array);
 }
 
+// Releases of CANN before 8.0 are not known to have these two; testing/build.py compiles this file
+// also without them.
+#ifndef STANDIN_WITHOUT_EXECUTOR_FUNCTIONS
 extern "C" aclnnStatus aclSetAclOpExecutorRepeatable(aclOpExecutor* executor) {
   const int32_t injected = Ledger::Get().Enter("aclSetAclOpExecutorRepeatable");
+  if (!Ledger::Get().IsAlive("executor", executor)) {
+    Ledger::Get().Fault("made an executor repeatable that is not alive");
+    return kInnerNullptr;
+  }
+  executor->asked_to_be_repeatable = true;
   if (injected != 0) return injected;
-  if (!Ledger::Get().IsAlive("executor", executor)) return kInnerNullptr;
   executor->repeatable = true;
   return 0;
 }
 
+// CANN documents the two calls as a pair: a second one without a first is a fault.
 extern "C" aclnnStatus aclDestroyAclOpExecutor(aclOpExecutor* executor) {
+  if (Ledger::Get().IsAlive("executor", executor) && !executor->asked_to_be_repeatable) {
+    Ledger::Get().Fault("destroyed an executor without making it repeatable first");
+  }
   return Destroy("aclDestroyAclOpExecutor", "executor", executor);
 }
+#endif

@@ -12,7 +12,16 @@ using standin::Ledger;
 
 constexpr aclnnStatus kParamNullptr = 161001;
 constexpr aclnnStatus kRuntimeError = 361001;
-constexpr uint64_t kWorkspaceSize = 16 << 20;  // the size that the operator's tiling asks for
+constexpr uint64_t kWorkspaceSize = 16 << 20;   // the size that the operator's tiling asks for
+constexpr uintptr_t kWorkspaceAlignment = 512;  // what CANN's own allocator gives
+
+// What the first call leaves in `*executor` when it fails. CANN leaves an executor of its pool
+// there, which a caller must not touch: here every use is recorded as a fault, since it is not
+// alive.
+aclOpExecutor* FailedExecutor() {
+  static aclOpExecutor* const executor = new aclOpExecutor{};
+  return executor;
+}
 
 aclnnStatus Failed(aclnnStatus status, const std::string& message) {
   standin::SetRecentMessage(message);
@@ -86,7 +95,9 @@ void Run(const standin::ScalarCall& call, void* workspace) {
       Ledger::Get().Fault("slot " + std::to_string(call.slots[token]) + " is past the cache");
     }
   }
-  standin::Execute(call, static_cast<float*>(standin::ToHost(workspace)));
+  auto* const begin = static_cast<uint8_t*>(standin::ToHost(workspace));
+  begin[kWorkspaceSize - 1] = 0;  // the operator may use all of its workspace
+  standin::Execute(call, reinterpret_cast<float*>(begin));
 }
 
 }  // namespace
@@ -101,10 +112,12 @@ extern "C" aclnnStatus aclnnDequantRopeQuantKvcacheGetWorkspaceSize(
     const aclTensor* kOut, const aclTensor* vOut, uint64_t* workspaceSize,
     aclOpExecutor** executor) {
   const int32_t injected = Ledger::Get().Enter("aclnnDequantRopeQuantKvcacheGetWorkspaceSize");
-  if (injected != 0) return injected;
   if (workspaceSize == nullptr || executor == nullptr) {
     return Failed(kParamNullptr, "EZ0000: workspaceSize or executor is null");
   }
+  *workspaceSize = kWorkspaceSize;
+  *executor = FailedExecutor();
+  if (injected != 0) return injected;
   const aclTensor* const tensors[standin::kNumOperands] = {x,
                                                            cos,
                                                            sin,
@@ -127,21 +140,25 @@ extern "C" aclnnStatus aclnnDequantRopeQuantKvcacheGetWorkspaceSize(
   std::string message;
   const aclnnStatus status = standin::CheckCall(tensors, attributes, &message);
   if (status != 0) return Failed(status, message);
-  auto* const made = new aclOpExecutor{{}, kvOutput, false};
+  auto* const made = new aclOpExecutor{{}, kvOutput, false, false};
   for (int i = 0; i < standin::kNumOperands; ++i) made->tensors[i] = tensors[i];
   Ledger::Get().Created("executor", made);
-  *workspaceSize = kWorkspaceSize;
   *executor = made;
   return 0;
 }
 
-// Frees the executor, also if it fails, unless the executor was made repeatable.
+// Frees the executor, also if it fails, unless the executor was made repeatable or there is no
+// workspace of the right size, which CANN checks before it takes the executor back.
 extern "C" aclnnStatus aclnnDequantRopeQuantKvcache(void* workspace, uint64_t workspaceSize,
                                                     aclOpExecutor* executor, aclrtStream stream) {
   const int32_t injected = Ledger::Get().Enter("aclnnDequantRopeQuantKvcache");
   if (!Ledger::Get().IsAlive("executor", executor)) {
     Ledger::Get().Fault("launched an executor that is not alive");
     return Failed(kParamNullptr, "EZ0000: executor is not alive");
+  }
+  if (workspace == nullptr || workspaceSize < kWorkspaceSize) {
+    Ledger::Get().Fault("launched without a workspace of the size that was asked for");
+    return Failed(kParamNullptr, "EZ0000: workspace is null or too small");
   }
   const bool alive = DescriptorsAreAlive(*executor);
   standin::ScalarCall call;
@@ -152,8 +169,8 @@ extern "C" aclnnStatus aclnnDequantRopeQuantKvcache(void* workspace, uint64_t wo
   }
   if (injected != 0) return injected;
   standin::Stream* const queue = standin::StreamFromHandle(stream);
-  if (!alive || queue == nullptr || workspaceSize != kWorkspaceSize ||
-      !standin::IsDeviceAddress(workspace)) {
+  const bool aligned = reinterpret_cast<uintptr_t>(workspace) % kWorkspaceAlignment == 0;
+  if (!alive || queue == nullptr || !aligned || !standin::IsScratch(workspace, workspaceSize)) {
     Ledger::Get().Fault("launched with a wrong stream, workspace or descriptor");
     return Failed(kRuntimeError, "EE9999: wrong stream, workspace or descriptor");
   }

@@ -150,7 +150,8 @@ void Present(bool with_ffi_extension) {
 
 // Loads the CPU plugin. Returns null, or the error.
 extern "C" const char* standin_load(const char* cpu_plugin, const char* platform,
-                                    int with_ffi_extension) {
+                                    int with_ffi_extension, int newest_ffi) {
+  if (newest_ffi != 0) standin::UseNewestFfi();
   void* const library = dlopen(cpu_plugin, RTLD_NOW | RTLD_LOCAL);
   if (library == nullptr) return dlerror();
   const auto get = reinterpret_cast<const PJRT_Api* (*)()>(dlsym(library, "GetPjrtApi"));

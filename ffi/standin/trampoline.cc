@@ -2,9 +2,11 @@
 #include "trampoline.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -15,19 +17,42 @@ namespace standin {
 namespace {
 
 constexpr int kMaxHandlers = 32;
+constexpr size_t kGuardSize = 64;
+constexpr uint8_t kGuardByte = 0x5A;
 
 const XLA_FFI_Api* runtime = nullptr;  // the CPU plugin's
 XLA_FFI_Api* offered = nullptr;        // the handlers': the same, with a device's functions
+bool newest_ffi = false;
 
-XLA_FFI_Error* MakeError(XLA_FFI_Error_Code code, const char* message) {
+XLA_FFI_Error* MakeError(XLA_FFI_Error_Code code, const std::string& message) {
   XLA_FFI_Error_Create_Args args = {};
   args.struct_size = XLA_FFI_Error_Create_Args_STRUCT_SIZE;
-  args.message = message;
+  args.message = message.c_str();
   args.errc = code;
   return runtime->XLA_FFI_Error_Create(&args);
 }
 
+uint64_t Now() {
+  const auto now = std::chrono::steady_clock::now().time_since_epoch();
+  return static_cast<uint64_t>(std::chrono::nanoseconds(now).count());
+}
+
+// Of the handler that runs on this thread: time in the runtime's functions.
+thread_local uint64_t nanoseconds_in_runtime = 0;
+
+class InRuntime {
+ public:
+  InRuntime() : start_(Now()) {}
+  ~InRuntime() { nanoseconds_in_runtime += Now() - start_; }
+  InRuntime(const InRuntime&) = delete;
+  InRuntime& operator=(const InRuntime&) = delete;
+
+ private:
+  const uint64_t start_;
+};
+
 XLA_FFI_Error* GetStream(XLA_FFI_Stream_Get_Args* args) {
+  const InRuntime in_runtime;
   XLA_FFI_DeviceOrdinal_Get_Args ordinal = {};
   ordinal.struct_size = XLA_FFI_DeviceOrdinal_Get_Args_STRUCT_SIZE;
   ordinal.ctx = args->ctx;
@@ -36,13 +61,21 @@ XLA_FFI_Error* GetStream(XLA_FFI_Stream_Get_Args* args) {
   return nullptr;
 }
 
+// XLA's runtime makes this check first, with this text.
 XLA_FFI_Error* AllocateMemory(XLA_FFI_DeviceMemory_Allocate_Args* args) {
-  args->data = AllocateScratch(args->size, args->alignment);
+  const InRuntime in_runtime;
+  const bool power_of_two = args->alignment != 0 && (args->alignment & (args->alignment - 1)) == 0;
+  if (!power_of_two || args->alignment > kScratchAlignment) {
+    return MakeError(XLA_FFI_Error_Code_INVALID_ARGUMENT,
+                     "Unsupported alignment: " + std::to_string(args->alignment));
+  }
+  args->data = AllocateScratch(args->size);
   if (args->data != nullptr) return nullptr;
   return MakeError(XLA_FFI_Error_Code_RESOURCE_EXHAUSTED, "the stand-in device is out of memory");
 }
 
 XLA_FFI_Error* FreeMemory(XLA_FFI_DeviceMemory_Free_Args* args) {
+  const InRuntime in_runtime;
   FreeScratch(args->data);
   return nullptr;
 }
@@ -62,6 +95,7 @@ void Prepare(const XLA_FFI_Api* api) {
     const size_t size = std::max(api->struct_size, sizeof(XLA_FFI_Api));
     offered = static_cast<XLA_FFI_Api*>(calloc(1, size));
     memcpy(offered, api, api->struct_size);  // including the runtime's size and version
+    if (newest_ffi) offered->api_version.minor_version = XLA_FFI_API_MINOR;
     offered->XLA_FFI_Stream_Get = GetStream;
     offered->XLA_FFI_DeviceMemory_Allocate = AllocateMemory;
     offered->XLA_FFI_DeviceMemory_Free = FreeMemory;
@@ -70,26 +104,33 @@ void Prepare(const XLA_FFI_Api* api) {
   });
 }
 
-// Asks the handler for its metadata. The CPU plugin has an older FFI than jaxlib and refuses newer
-// handlers. The two FFIs do not differ in anything that a handler without state uses, so this
-// reports the older version.
+// Asks the handler for its metadata. The CPU plugin has FFI 0.2, as the public Ascend plugin has,
+// and refuses handlers that report a newer version. A stand-in of the newest runtime offers its own
+// version and hides the CPU plugin's from the handler.
 XLA_FFI_Error* AskMetadata(XLA_FFI_Handler* handler, XLA_FFI_CallFrame* frame) {
   auto* const asked = reinterpret_cast<XLA_FFI_Metadata_Extension*>(frame->extension_start);
-  XLA_FFI_Metadata metadata = {};
-  memcpy(&metadata, asked->metadata, std::min(asked->metadata->struct_size, sizeof metadata));
-  metadata.struct_size = XLA_FFI_Metadata_STRUCT_SIZE;
+  const size_t size = asked->metadata->struct_size;
+  const size_t offered_size = newest_ffi ? std::max(size, sizeof(XLA_FFI_Metadata)) : size;
+  std::vector<uint8_t> answer(offered_size + kGuardSize, kGuardByte);
+  memcpy(answer.data(), asked->metadata, size);
   XLA_FFI_Metadata_Extension extension = *asked;
-  extension.extension_base.struct_size = XLA_FFI_Metadata_Extension_STRUCT_SIZE;
-  extension.metadata = &metadata;
+  extension.metadata = reinterpret_cast<XLA_FFI_Metadata*>(answer.data());
 
   XLA_FFI_CallFrame copy = *frame;
   copy.api = offered;
   copy.extension_start = &extension.extension_base;
   if (XLA_FFI_Error* error = handler(&copy)) return error;
-  asked->metadata->api_version = metadata.api_version;
-  asked->metadata->traits = metadata.traits;
+  if (std::any_of(answer.begin() + static_cast<std::ptrdiff_t>(offered_size), answer.end(),
+                  [](uint8_t byte) { return byte != kGuardByte; })) {
+    Ledger::Get().Fault("wrote past the runtime's metadata");
+  }
+  memcpy(asked->metadata, answer.data(), size);
   int& minor = asked->metadata->api_version.minor_version;
-  minor = std::min(minor, runtime->api_version.minor_version);
+  if (minor > offered->api_version.minor_version) {
+    Ledger::Get().Count("handler too new");
+  } else {
+    minor = std::min(minor, runtime->api_version.minor_version);
+  }
   return nullptr;
 }
 
@@ -132,7 +173,10 @@ XLA_FFI_Error* Dispatch(XLA_FFI_Handler* handler, XLA_FFI_CallFrame* frame) {
   XLA_FFI_CallFrame copy = *frame;
   copy.api = offered;
   const DeviceBuffers buffers(&copy);
+  nanoseconds_in_runtime = 0;
+  const uint64_t start = Now();
   XLA_FFI_Error* const error = handler(&copy);
+  Ledger::Get().Count("handler nanoseconds", Now() - start - nanoseconds_in_runtime);
   call.Finish();
   return error;
 }
@@ -159,6 +203,8 @@ XLA_FFI_Handler* TrampolineAt(int index, std::integer_sequence<int, I...>) {
 }
 
 }  // namespace
+
+void UseNewestFfi() { newest_ffi = true; }
 
 XLA_FFI_Handler* Wrap(XLA_FFI_Handler* handler) {
   Table& table = AllHandlers();

@@ -12,6 +12,10 @@ namespace standin {
 // the first. Returns null if there are too many handlers.
 XLA_FFI_Handler* Wrap(XLA_FFI_Handler* handler);
 
+// Makes handlers see a runtime with the FFI of this file's headers, not with the CPU plugin's 0.2.
+// Called before the first handler is registered.
+void UseNewestFfi();
+
 }  // namespace standin
 
 #endif  // JAX_KVCACHE_FFI_STANDIN_TRAMPOLINE_H_

@@ -1,17 +1,24 @@
-"""`python -m jax_kvcache calibrate FILE...`: scales for the demo model's cache from any text."""
+"""`python -m jax_kvcache calibrate FILE...`: scales for a model's cache from any text."""
 
 import argparse
+import contextlib
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
 from jax_kvcache import numerics
-from jax_kvcache.cli import CommandError, read_file
+from jax_kvcache.checkpoints import kv_scales
+from jax_kvcache.cli import (
+    CommandError,
+    add_model_arguments,
+    add_window_argument,
+    model_from,
+    read_file,
+    windows_of,
+)
 from jax_kvcache.cli.output import figure_file, output_file
-from jax_kvcache.model import load_model
-from jax_kvcache.model.evaluate import cut_windows
-from jax_kvcache.numerics import demo_model
+from jax_kvcache.model import calibrate as observed
 
 _COLORS = {"k": "#0072B2", "v": "#D55E00"}  # Okabe-Ito: blue, vermilion
 
@@ -20,13 +27,27 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Adds the command."""
     parser = subparsers.add_parser(
         "calibrate",
-        help="scales for the demo model's cache, from any text",
-        description="Reads the files in windows of 256 bytes, observes K (after RoPE) and V of "
+        help="scales for a model's cache, from any text",
+        description="Reads the files in windows of 256 tokens, observes K (after RoPE) and V of "
         "every channel, writes scales that `demo` and `eval` take with --scales, and prints what "
         "they cost on the same text.",
     )
     parser.add_argument("files", nargs="+", metavar="FILE", help="any text; Python suits the model")
-    parser.add_argument("--out", required=True, metavar="FILE", help="the .npz file to write")
+    parser.add_argument(
+        "--out", required=True, metavar="PATH", help="the file, or the new folder, to write"
+    )
+    parser.add_argument(
+        "--format",
+        choices=kv_scales.FORMATS,
+        default="npz",
+        help="npz, onnxruntime (genai's JSON): a file; ascend_v1 (C8 tensors), "
+        "compressed_tensors: a folder (default: npz)",
+    )
+    parser.add_argument(
+        "--reduce",
+        choices=("max",),
+        help="one scale per head, the largest of its channels', where the format holds no more",
+    )
     parser.add_argument(
         "--method",
         choices=numerics.METHODS,
@@ -40,6 +61,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         type=float,
         help="percent of the values that fit, for --method percentile (default: 99.99)",
     )
+    add_window_argument(parser)
+    add_model_arguments(parser)
     parser.add_argument("--plot", metavar="FILE", help="write a figure of the channels")
     parser.set_defaults(run=run)
 
@@ -48,16 +71,22 @@ def run(arguments: argparse.Namespace) -> None:
     """Observes, calibrates, measures, writes."""
     if arguments.method is None:
         arguments.method = "minmax" if arguments.asymmetric else "absmax"
+    elif arguments.asymmetric and arguments.method == "absmax":
+        raise CommandError(
+            "`--asymmetric` needs `--method minmax`, `percentile` or `mse`, got `--method absmax`."
+        )
     if arguments.percentile is None:
         arguments.percentile = 99.99
     elif arguments.method != "percentile":
         raise CommandError(
             f"`--percentile` goes with `--method percentile`, got `--method {arguments.method}`."
         )
+    if not 0 < arguments.percentile <= 100:
+        raise CommandError(f"`--percentile` must be in (0, 100], got {arguments.percentile:g}.")
     texts = [read_file(path) for path in arguments.files]
-    with output_file(arguments.out) as out, figure_file(arguments.plot) as pyplot:
+    with _output(arguments) as out, figure_file(arguments.plot) as pyplot:
         ranges, calibrations, errors = _calibrate(arguments, texts)
-        _save(out, calibrations)
+        _save(out, calibrations, arguments)
         if pyplot is not None:
             _plot(pyplot, ranges, calibrations)
     _print_table(ranges, calibrations, errors)
@@ -66,11 +95,9 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _calibrate(arguments, texts):
     """The ranges seen, the calibrations and their `ErrorObserver`s, each of "k" and "v"."""
-    model = load_model()
-    windows = cut_windows(texts, model.config.context)
-    if not windows.targets.any():
-        raise CommandError("the text must have at least 2 bytes, got fewer.")
-    channels = demo_model.channels(model)
+    model, tokenizer = model_from(arguments)
+    windows = windows_of(arguments, model, tokenizer, texts)
+    channels = observed.channels(model)
 
     def batches(description):
         pairs = zip(*windows, strict=True)
@@ -78,22 +105,18 @@ def _calibrate(arguments, texts):
 
     kind = numerics.MinMax if arguments.method in ("absmax", "minmax") else numerics.Sketch
     observers = {name: kind.create(channels) for name in "kv"}
-    try:
-        how = dict(
-            method=arguments.method,
-            symmetric=not arguments.asymmetric,
-            percentile=arguments.percentile,
-        )
-        numerics.calibrate(observers, **how)  # a wrong choice shows before the work starts
-    except ValueError as error:
-        raise CommandError(str(error)) from error
+    how = dict(
+        method=arguments.method,
+        symmetric=not arguments.asymmetric,
+        percentile=arguments.percentile,
+    )
     for tokens, targets in batches("observe"):
-        observers = demo_model.observe_windows(model, observers, tokens, targets)
+        observers = observed.observe_windows(model, observers, tokens, targets)
         jax.block_until_ready(observers)  # so that the bar shows work done
     calibrations = numerics.calibrate(observers, **how)
     errors = {name: numerics.ErrorObserver.create(channels) for name in "kv"}
     for tokens, targets in batches("measure"):
-        errors = demo_model.measure_windows(model, errors, calibrations, tokens, targets)
+        errors = observed.measure_windows(model, errors, calibrations, tokens, targets)
         jax.block_until_ready(errors)
     ranges = {n: o.range if isinstance(o, numerics.Sketch) else o for n, o in observers.items()}
     return ranges, calibrations, errors
@@ -113,14 +136,27 @@ def _print_table(ranges, calibrations, errors):
             )
 
 
-def _save(file, calibrations):
-    arrays = {}
-    for name, calibration in calibrations.items():
-        for parameter, value in calibration._asdict().items():
-            if value is not None:
-                for layer, row in enumerate(np.asarray(value)):
-                    arrays[f"layers.{layer}.{parameter}_{name}"] = row
-    np.savez(file, **arrays)
+def _output(arguments):
+    """Where the scales go: a file that is written at the end, or the name of a new folder."""
+    if arguments.format in kv_scales.FILES:
+        return output_file(arguments.out)
+    try:
+        kv_scales.check_new_folder(arguments.out)
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+    return contextlib.nullcontext(arguments.out)
+
+
+def _save(out, calibrations, arguments):
+    scales = {
+        f"{parameter}_{name}": value
+        for name, calibration in calibrations.items()
+        for parameter, value in calibration._asdict().items()
+    }
+    try:
+        kv_scales.write_kv_scales(out, scales, arguments.format, reduce=arguments.reduce)
+    except ValueError as error:
+        raise CommandError(str(error)) from error
 
 
 def _plot(pyplot, ranges, calibrations):

@@ -1,79 +1,109 @@
-"""The demo model's forward pass: with the int8 cache, and with a float cache to compare it to."""
+"""A decoder's forward pass: with the int8 cache, with a float cache, and without a cache."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jax_kvcache._op import dequant_rope_quant_kvcache
-from jax_kvcache.attention import decode_attention
-from jax_kvcache.cache import KVCache
-from jax_kvcache.model.weights import Config, Model
+from jax_kvcache import backends
+from jax_kvcache.caches import KVCache
+from jax_kvcache.model.float_cache import FloatCache, attention, rotate
+from jax_kvcache.model.linear import FloatLinear, Projected, matmul, per_column
+from jax_kvcache.model.weights import Config, Layer, Model
+from jax_kvcache.ops.decode_attention.api import decode_attention
+from jax_kvcache.ops.implementation import Implementation
 from jax_kvcache.rope import rope_tables
 
-Weights = dict[str, jax.Array]
+Cache = TypeVar("Cache", bound=KVCache | FloatCache)
+KvMap = Callable[[int, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 
 def forward(
     model: Model,
     tokens: jax.Array,
-    cache: KVCache,
+    cache: Cache,
     positions: jax.Array,
     *,
-    table_dtype: DTypeLike = jnp.bfloat16,
-    implementation: str | None = None,
-) -> tuple[jax.Array, KVCache]:
-    """Reads S more bytes of each text; every layer's k and v go through the operator to the cache.
+    table_dtype: DTypeLike | None = None,
+    implementation: Implementation = None,
+) -> tuple[jax.Array, Cache]:
+    """Reads S more tokens of each text; every layer's k and v go through the operator to the cache.
 
     Args:
-      model: see `load_model`.
-      tokens: [B, S] int32 bytes.
-      cache: see `new_cache`; it holds the bytes before. Donate it to stay in place.
-      positions: [B] int32, the position of the first of the S bytes.
-      table_dtype: dtype of the RoPE tables, and so of q.
-      implementation: the operator's.
+      model: see `jax_kvcache.checkpoints.load`.
+      tokens: [B, S] int32.
+      cache: see `new_cache`; it holds the tokens before. Donate it to stay in place. Its rows are
+        also the longest text that RoPE of the types dynamic and longrope is made for.
+      positions: [B] int32, the position of the first of the S tokens.
+      table_dtype: dtype of the RoPE tables, and so of q and of a float x; None is float32, and
+        bfloat16 where JAX's default device is an Ascend NPU, whose operator takes no float32.
+      implementation: of the write; "xla" is that of attention too.
 
     Returns:
-      logits [B, S, vocab] float32 of the byte after each, and the cache.
+      logits [B, S, vocab] float32 of the token after each, and the cache.
     """
-    config = model.config
-    steps = jnp.arange(tokens.shape[1], dtype=jnp.int32)
-    cos, sin = rope_tables(
-        positions[:, None] + steps[None, :], config.head_dim, config.rope_theta, table_dtype
-    )
-
-    def layer(carry, inputs):
-        x, cache = carry
-        index, weights = inputs
-        accumulators, activation_scale = _project_qkv(config, x, weights)
-        q, cache = cache.update(
-            accumulators,
-            cos,
-            sin,
-            positions,
-            weight_scale=weights["wqkv_scale"],
-            activation_scale=activation_scale,
-            bias=weights["bqkv"],
-            layer=index,
-            implementation=implementation,
-        )
-        lengths = positions + tokens.shape[1]
-        attended = decode_attention(q.astype(jnp.float32), cache, lengths, layer=index)
-        return (_finish_layer(config, x, attended, weights), cache), None
-
-    indices = jnp.arange(config.n_layers, dtype=jnp.int32)
-    carry = (model.embed[tokens], cache)
-    (x, cache), _ = jax.lax.scan(layer, carry, (indices, model.layers))
+    config, table_dtype = model.config, table_dtype or default_table_dtype()
+    cos, sin = _tables(config, positions, tokens.shape[1], cache_rows(cache), table_dtype)
+    x = _embed(model, tokens)
+    for index, layer in enumerate(model.layers):
+        projected = _project_qkv(config, layer, x, table_dtype)
+        window = config.windows[index]
+        if isinstance(cache, FloatCache):
+            q, k, v = rotate(
+                projected, cos, sin, config.n_kv_heads, config.head_dim, implementation
+            )
+            cache = cache.update(k, v, positions, index)
+            attended = attention(q, cache.k[index], cache.v[index], positions, window)
+        else:
+            q, cache = cache.update(
+                projected.x,
+                cos,
+                sin,
+                positions,
+                weight_scale=projected.weight_scale,
+                activation_scale=projected.activation_scale,
+                bias=projected.bias,
+                layer=index,
+                implementation=implementation,
+            )
+            attended = _attend(q, cache, positions, index, window, implementation)
+        x = _finish_layer(config, layer, x, attended)
     return _logits(model, x), cache
+
+
+def cache_rows(cache: KVCache | FloatCache) -> int:
+    """How many rows each text has in a cache with layers."""
+    return (cache.k if isinstance(cache, FloatCache) else cache.k_cache).shape[2]
+
+
+def _attend(
+    q: jax.Array,
+    cache: KVCache,
+    positions: jax.Array,
+    layer: int,
+    window: int | None,
+    implementation: Implementation,
+) -> jax.Array:
+    """Attention of the S tokens from `positions` on, over one layer of the int8 cache."""
+    steps = jnp.arange(q.shape[1], dtype=jnp.int32)[None, :]
+    return decode_attention(
+        q.astype(jnp.float32),
+        cache,
+        positions=jnp.where(positions[:, None] < 0, -1, positions[:, None] + steps),
+        layer=layer,
+        window=window,
+        # "ffi" is a demand on the write: not every device that has the write has this one.
+        implementation="xla" if implementation == "xla" else None,
+    )
 
 
 class FloatForward(NamedTuple):
     """What `forward_float` returns.
 
     Attributes:
-      logits: [B, S, vocab] float32 of the byte after each.
+      logits: [B, S, vocab] float32 of the token after each.
       q: [L, B, S, Nq, D] in the dtype of the RoPE tables, after RoPE.
       k: [L, B, S, Nkv, D] that attention read, after RoPE.
       v: [L, B, S, Nkv, D] that attention read.
@@ -89,87 +119,94 @@ def forward_float(
     model: Model,
     tokens: jax.Array,
     *,
-    table_dtype: DTypeLike = jnp.bfloat16,
-    kv_map: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]] | None = None,
+    table_dtype: DTypeLike | None = None,
+    kv_map: KvMap | None = None,
 ) -> FloatForward:
-    """Reads whole texts with a float cache: the same model, its k and v never quantised.
+    """Reads whole texts without a cache: the same model, its k and v never quantised.
 
     Args:
-      model: see `load_model`.
-      tokens: [B, S] int32 bytes, from position 0.
-      table_dtype: dtype of the RoPE tables, and so of q, k and v.
-      kv_map: (layer, k, v) -> (k, v), what a cache of another format would give back; layer is a
-        traced int32 scalar, k and v are [B, S, Nkv, D].
+      model: see `jax_kvcache.checkpoints.load`.
+      tokens: [B, S] int32, from position 0.
+      table_dtype: as in `forward`; also the dtype of k and v.
+      kv_map: (layer, k, v) -> (k, v), what a cache of another format would give back; k and v are
+        [B, S, Nkv, D].
 
     Returns:
       The logits, and what attention read.
     """
-    config = model.config
+    config, table_dtype = model.config, table_dtype or default_table_dtype()
     batch, length = tokens.shape
-    positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None, :], (batch, length))
-    cos, sin = rope_tables(positions, config.head_dim, config.rope_theta, table_dtype)
-    causal = positions[0][:, None] >= positions[0][None, :]
-    shape = (batch, 1, config.n_kv_heads, config.head_dim)
-
-    def layer(x, inputs):
-        index, weights = inputs
-        accumulators, activation_scale = _project_qkv(config, x, weights)
-        # The operator is here for q, k and v only: negative indices write nothing.
-        unused = jnp.ones(shape[2:], jnp.float32)
-        q, k, v, *_ = dequant_rope_quant_kvcache(
-            accumulators,
-            cos,
-            sin,
-            jnp.zeros(shape, jnp.int8),
-            jnp.zeros(shape, jnp.int8),
-            jnp.full((batch,), -1, jnp.int32),
-            unused,
-            unused,
-            weight_scale=weights["wqkv_scale"],
-            activation_scale=activation_scale,
-            bias=weights["bqkv"],
-            kv_output=True,
-        )
-        assert k is not None
-        assert v is not None
+    positions = jnp.zeros((batch,), jnp.int32)
+    cos, sin = _tables(config, positions, length, length, table_dtype)
+    x, read = _embed(model, tokens), []
+    for index, layer in enumerate(model.layers):
+        projected = _project_qkv(config, layer, x, table_dtype)
+        q, k, v = rotate(projected, cos, sin, config.n_kv_heads, config.head_dim)
         if kv_map is not None:
             k, v = kv_map(index, k, v)
-        heads = (batch, length, config.n_kv_heads, -1, config.head_dim)
-        scores = jnp.einsum(
-            "bsngd,bcnd->bngsc", q.astype(jnp.float32).reshape(heads), k.astype(jnp.float32)
-        )
-        scores = jnp.where(causal, scores * config.head_dim**-0.5, -jnp.inf)
-        attended = jnp.einsum(
-            "bngsc,bcnd->bsngd", jax.nn.softmax(scores, axis=-1), v.astype(jnp.float32)
-        )
-        return _finish_layer(config, x, attended, weights), (q, k, v)
+        attended = attention(q, k, v, positions, config.windows[index])
+        x = _finish_layer(config, layer, x, attended)
+        read.append((q, k, v))
+    return FloatForward(_logits(model, x), *map(jnp.stack, zip(*read, strict=True)))
 
-    indices = jnp.arange(config.n_layers, dtype=jnp.int32)
-    x, qkv = jax.lax.scan(layer, model.embed[tokens], (indices, model.layers))
-    return FloatForward(_logits(model, x), *qkv)
+
+def default_table_dtype() -> DTypeLike:
+    """float32, or bfloat16 where JAX's default device is an Ascend NPU."""
+    backend = backends.find(jax.default_backend())
+    on_ascend = backend is not None and backend.name == "ascend"
+    return jnp.bfloat16 if on_ascend else jnp.float32
+
+
+def _tables(config: Config, positions, steps: int, rows: int, dtype: DTypeLike):
+    """cos and sin of the S tokens from `positions` on; `rows` is the longest text."""
+    tokens = positions[:, None] + jnp.arange(steps, dtype=jnp.int32)[None, :]
+    return rope_tables(
+        tokens, config.head_dim, dtype=dtype, rope_parameters=config.rope, seq_len=rows
+    )
+
+
+def _embed(model: Model, tokens: jax.Array) -> jax.Array:
+    return model.embed[tokens].astype(jnp.float32)
 
 
 def _rms_norm(x: jax.Array, gain: jax.Array, eps: float) -> jax.Array:
-    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps) * gain
+    normed = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+    return normed * per_column(gain, x)
 
 
-def _project_qkv(config: Config, x: jax.Array, weights: Weights) -> tuple[jax.Array, jax.Array]:
-    """W8A8: int32 accumulators [B, S, H], and the activations' scale per token, [B, S]."""
-    h = _rms_norm(x, weights["norm1"], config.norm_eps)
-    scale = jnp.max(jnp.abs(h), axis=-1) / 127
-    codes = jnp.rint(h / scale[..., None]).astype(jnp.int8)
-    accumulators = jax.lax.dot_general(
-        codes, weights["wqkv"], (((2,), (0,)), ((), ())), preferred_element_type=jnp.int32
-    )
-    return accumulators, scale
+def passes_floats(layer: Layer) -> bool:
+    """Whether a layer hands the operator a float x.
+
+    Norms of the heads come before RoPE, where the operator has no place for them, and layers of
+    different kinds have no common scales.
+    """
+    fused = len(layer.qkv) == 1 and layer.q_norm is None
+    return not fused or isinstance(layer.qkv[0], FloatLinear)
 
 
-def _finish_layer(config: Config, x: jax.Array, attended: jax.Array, weights: Weights) -> jax.Array:
+def _project_qkv(config: Config, layer: Layer, x: jax.Array, table_dtype: DTypeLike) -> Projected:
+    """q, k and v of x [B, S, d_model] as the operator takes them: [B, S, H]."""
+    h = _rms_norm(x, layer.norm1, config.norm_eps)
+    parts = [linear.project(h) for linear in layer.qkv]
+    if not passes_floats(layer):
+        return parts[0]
+    y = jnp.concatenate([part.dequantize() for part in parts], axis=-1)
+    heads = y.reshape(*y.shape[:-1], -1, config.head_dim)
+    q, k, v = jnp.split(heads, [config.n_q_heads, config.n_q_heads + config.n_kv_heads], axis=-2)
+    if layer.q_norm is not None:
+        q = _rms_norm(q, layer.q_norm, config.norm_eps)
+    if layer.k_norm is not None:
+        k = _rms_norm(k, layer.k_norm, config.norm_eps)
+    return Projected(jnp.concatenate([q, k, v], axis=-2).reshape(y.shape).astype(table_dtype))
+
+
+def _finish_layer(config: Config, layer: Layer, x: jax.Array, attended: jax.Array) -> jax.Array:
     """The output projection and the MLP, each added to the residual x [B, S, d_model]."""
-    x = x + attended.reshape(x.shape) @ weights["wo"]
-    h = _rms_norm(x, weights["norm2"], config.norm_eps)
-    return x + (jax.nn.silu(h @ weights["wgate"]) * (h @ weights["wup"])) @ weights["wdown"]
+    x = x + layer.o(attended.astype(jnp.float32).reshape(*x.shape[:-1], -1))
+    h = _rms_norm(x, layer.norm2, config.norm_eps)
+    return x + layer.down(jax.nn.silu(layer.gate(h)) * layer.up(h))
 
 
 def _logits(model: Model, x: jax.Array) -> jax.Array:
-    return _rms_norm(x, model.norm_f, model.config.norm_eps) @ model.embed.T
+    h = _rms_norm(x, model.norm_f, model.config.norm_eps)
+    return matmul(h, model.embed) if model.head is None else model.head(h)

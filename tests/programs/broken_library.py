@@ -34,8 +34,8 @@ else:  # the running jaxlib claims to be older than the library
     header.write_text("#define XLA_FFI_API_MAJOR 0\n#define XLA_FFI_API_MINOR 1\n")
     jax.ffi.include_dir = lambda: str(header.parents[3])
 
-import calls  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
+from support import calls  # noqa: E402
 
 import jax_kvcache  # noqa: E402
 import jax_kvcache.__main__  # noqa: E402

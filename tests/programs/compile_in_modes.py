@@ -4,14 +4,11 @@ import functools
 import json
 import sys
 from collections import Counter
-from pathlib import Path
-
-sys.path.append(str(Path(__file__).parents[1]))
 
 import jax
-import layouts
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from support import layouts
 
 from jax_kvcache import dequant_rope_quant_kvcache
 

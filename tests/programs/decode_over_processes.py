@@ -5,6 +5,7 @@
 On real hosts only the coordinator's address and the number of processes differ.
 """
 
+import dataclasses
 import functools
 import os
 import re
@@ -17,22 +18,29 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_kvcache.model import forward, load_model, new_cache
+from jax_kvcache.checkpoints import load_demo
+from jax_kvcache.model import forward, new_cache
 
 TEXTS = (b"def read", b"import o", b"for i in", b"return s")
 STEPS = 16
 
-# heads: each device has half of the heads of every layer, and the sum over them after `wo` and
-# `wdown` is an all-reduce.  The projection's columns stay in their plain order.
-HEADS = {
-    "wqkv": P(None, None, "tp"),
-    "wqkv_scale": P(None, "tp"),
-    "bqkv": P(None, "tp"),
-    "wo": P(None, "tp"),
-    "wgate": P(None, None, "tp"),
-    "wup": P(None, None, "tp"),
-    "wdown": P(None, "tp"),
-}
+
+def by_heads(layer):
+    """A layer's specs: each device has half of the heads, and half of the MLP's width.
+
+    The sum over them after `o` and `down` is an all-reduce. The projection's rows stay in their
+    plain order.
+    """
+    (qkv,) = layer.qkv
+    rows, columns = P("tp"), P(None, "tp")
+    return dataclasses.replace(
+        layer,
+        qkv=(dataclasses.replace(qkv, weight=rows, weight_scale=rows, bias=rows),),
+        o=dataclasses.replace(layer.o, weight=columns),
+        gate=dataclasses.replace(layer.gate, weight=rows),
+        up=dataclasses.replace(layer.up, weight=rows),
+        down=dataclasses.replace(layer.down, weight=columns),
+    )
 
 
 def place(mesh, tree, spec):
@@ -55,14 +63,14 @@ def specs_of(cache, codes, params):
 
 def build(layout, batch):
     """The model, the cache, the jitted step and where tokens lie, over all devices of all hosts."""
-    model = load_model()
+    model = load_demo()
     cache = new_cache(model, batch)
     if layout == "heads":
         # tp over the processes, so that the all-reduce is between hosts here
         devices = np.array(jax.devices()).reshape(jax.process_count(), -1).T
         mesh = jax.sharding.Mesh(devices, ("dp", "tp"), axis_types=(AxisType.Auto,) * 2)
         specs = jax.tree.map(lambda _: P(), model)
-        specs.layers.update(HEADS)
+        specs = dataclasses.replace(specs, layers=tuple(map(by_heads, specs.layers)))
         cache_specs, tokens = specs_of(cache, P(None, None, None, "tp"), P(None, "tp")), P()
         step = forward
     else:

@@ -7,19 +7,13 @@ else, and the collectives, each with the bytes that a device holds as its result
 """
 
 import json
-import re
-import sys
-from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1]))
-
-import hlo
 import jax
 import jax.numpy as jnp
-import layouts
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from support import hlo
 
 from jax_kvcache import dequant_rope_quant_kvcache
 
@@ -99,12 +93,12 @@ def simulate(name, implementation):
     return {
         "layout": name,
         "implementation": implementation,
-        "native call": text.count('custom_call_target="dequant_rope_quant_kvcache"'),
+        "native call": hlo.native_calls(text),
         "cache bytes per layer and device": cache_bytes,
         "cache bytes per device": cache_bytes * LAYERS,
         "temporary bytes": memory.temp_size_in_bytes,
-        "collectives": re.findall(r"= (.*?) (all-[a-z]+|collective-[a-z]+)(?:-start)?\(", text),
-        "collective bytes": layouts.collective_bytes(text),
+        "collectives": hlo.collectives(text),
+        "collective bytes": hlo.collective_bytes(text),
     }
 
 

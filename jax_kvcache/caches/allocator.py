@@ -1,0 +1,228 @@
+"""Which sequence has which blocks of a `PagedKVCache`: on the host, with reference counts."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+
+class OutOfBlocksError(RuntimeError):
+    """Too few blocks are free; the allocator is as it was before the call."""
+
+
+class BlockCopy(NamedTuple):
+    """One block to copy before the next write; both are -1 where there is nothing to copy."""
+
+    source: int
+    destination: int
+
+
+class BlockAllocator:
+    """Gives the blocks of a `PagedKVCache` to sequences, and lets sequences share them.
+
+    A sequence is a number that `allocate` or `fork` returned; its token t is in row
+    t % block_size of its block t // block_size. Sequences that have a prefix in common share its
+    blocks. A shared block is never written: `append` gives the sequence a block of its own
+    instead, and says which block has to be copied into it (`PagedKVCache.copy_blocks`).
+
+    It holds no arrays and knows nothing of a device. One allocator serves all layers.
+
+        allocator = BlockAllocator(num_blocks=64, block_size=16)
+        first = allocator.allocate(100)  # a prompt of 100 tokens
+        second = allocator.fork(first)  # shares all 7 blocks
+        copies = np.array([allocator.append(s, 1) for s in (first, second)], np.int32)
+        cache = cache.copy_blocks(*copies.T)  # before the new tokens are written
+        table = allocator.block_table([first, second], columns=8)
+    """
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        """All blocks are free.
+
+        Args:
+          num_blocks: blocks of the cache.
+          block_size: rows per block.
+
+        Raises:
+          TypeError: an argument is not an int.
+          ValueError: an argument is below 1.
+        """
+        self.num_blocks = _at_least("num_blocks", num_blocks, 1)
+        self.block_size = _at_least("block_size", block_size, 1)
+        self._free = list(range(num_blocks - 1, -1, -1))  # the last one is the next to be given
+        self._references = [0] * num_blocks
+        self._blocks: dict[int, list[int]] = {}
+        self._lengths: dict[int, int] = {}
+        self._next_sequence = 0
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that no sequence has."""
+        return len(self._free)
+
+    @property
+    def sequences(self) -> tuple[int, ...]:
+        """The sequences, oldest first."""
+        return tuple(self._lengths)
+
+    def length(self, sequence: int) -> int:
+        """The tokens of a sequence."""
+        return self._lengths[self._known(sequence)]
+
+    def blocks(self, sequence: int) -> tuple[int, ...]:
+        """The blocks of a sequence, in the order of its tokens."""
+        return tuple(self._blocks[self._known(sequence)])
+
+    def allocate(self, length: int = 0) -> int:
+        """Makes a sequence with rows of its own for `length` tokens.
+
+        Returns:
+          The sequence's number; no other sequence, living or freed, has it.
+
+        Raises:
+          OutOfBlocksError: too few blocks are free.
+          TypeError, ValueError: `length` is not an int, or is negative.
+        """
+        blocks = self._take(self._blocks_for(_at_least("length", length, 0)))
+        return self._add(blocks, length)
+
+    def append(self, sequence: int, tokens: int = 1) -> BlockCopy:
+        """Makes a sequence longer by `tokens`, with rows that no other sequence has.
+
+        Returns:
+          What to copy before these tokens are written: the last block, where it has room left and
+          is shared. (-1, -1), which `PagedKVCache.copy_blocks` skips, where there is nothing to
+          copy. Copies of several calls have to be made in the order of the calls.
+
+        Raises:
+          OutOfBlocksError: too few blocks are free.
+          TypeError, ValueError: `tokens` is not an int, or is negative; an unknown sequence.
+        """
+        blocks, length = self._blocks[self._known(sequence)], self._lengths[sequence]
+        end = length + _at_least("tokens", tokens, 0)
+        writes_last = tokens > 0 and length % self.block_size > 0
+        copies_last = writes_last and self._references[blocks[-1]] > 1
+        new = self._take(self._blocks_for(end) - len(blocks) + copies_last)
+        copy = BlockCopy(-1, -1)
+        if copies_last:
+            copy = BlockCopy(blocks[-1], new[0])
+            self._drop(blocks[-1:])
+            blocks.pop()
+        blocks.extend(new)
+        self._lengths[sequence] = end
+        return copy
+
+    def fork(self, sequence: int, length: int | None = None) -> int:
+        """Makes a sequence that starts with the tokens of another one and shares their blocks.
+
+        Args:
+          sequence: the one to share with; both go on independently.
+          length: how many of its tokens are shared; None: all.
+
+        Returns:
+          The new sequence's number.
+
+        Raises:
+          TypeError, ValueError: `length` is not an int in [0, the sequence's length]; an unknown
+            sequence.
+        """
+        length = self._part("length", sequence, length)
+        blocks = self._blocks[sequence][: self._blocks_for(length)]
+        for block in blocks:
+            self._references[block] += 1
+        return self._add(blocks, length)
+
+    def truncate(self, sequence: int, length: int) -> None:
+        """Takes back all but the first `length` tokens, as when drafted tokens are rejected.
+
+        Raises:
+          TypeError, ValueError: `length` is not an int in [0, the sequence's length]; an unknown
+            sequence.
+        """
+        length = self._part("length", sequence, length)
+        blocks, kept = self._blocks[sequence], self._blocks_for(length)
+        self._drop(blocks[kept:])
+        del blocks[kept:]
+        self._lengths[sequence] = length
+
+    def free(self, sequence: int) -> None:
+        """Ends a sequence; its blocks are free where no other sequence shares them.
+
+        Raises:
+          ValueError: an unknown sequence, or one that has been freed.
+        """
+        self._drop(self._blocks.pop(self._known(sequence)))
+        del self._lengths[sequence]
+
+    def block_table(self, sequences: Sequence[int | None], columns: int) -> np.ndarray:
+        """The block table of a batch, as `update` and `decode_attention` take it.
+
+        Args:
+          sequences: B sequences; None for a place in the batch without one.
+          columns: M, the most blocks that a sequence may have. It is a shape of the compiled
+            program, so keep it the same from step to step.
+
+        Returns:
+          [B, M] int32, -1 where a sequence has no block.
+
+        Raises:
+          TypeError, ValueError: `columns` is not an int or too small; an unknown sequence.
+        """
+        table = np.full((len(sequences), _at_least("columns", columns, 1)), -1, np.int32)
+        for row, sequence in zip(table, sequences, strict=True):
+            if sequence is None:
+                continue
+            blocks = self._blocks[self._known(sequence)]
+            if len(blocks) > columns:
+                raise ValueError(
+                    f"`columns` must be at least {len(blocks)}, the blocks of sequence {sequence}, "
+                    f"got {columns}."
+                )
+            row[: len(blocks)] = blocks
+        return table
+
+    def _blocks_for(self, length: int) -> int:
+        return -(-length // self.block_size)
+
+    def _known(self, sequence: int) -> int:
+        if sequence not in self._lengths:
+            raise ValueError(f"`sequence` must be one that is allocated, got {sequence!r}.")
+        return sequence
+
+    def _part(self, name: str, sequence: int, length: int | None) -> int:
+        """A length up to the sequence's; its own for None."""
+        own = self._lengths[self._known(sequence)]
+        if length is not None and _at_least(name, length, 0) > own:
+            raise ValueError(
+                f"`{name}` must be at most {own}, the sequence's length, got {length}."
+            )
+        return own if length is None else length
+
+    def _add(self, blocks: list[int], length: int) -> int:
+        sequence = self._next_sequence
+        self._next_sequence += 1
+        self._blocks[sequence], self._lengths[sequence] = blocks, length
+        return sequence
+
+    def _take(self, count: int) -> list[int]:
+        if count > len(self._free):
+            raise OutOfBlocksError(
+                f"{count} blocks are needed and {len(self._free)} of {self.num_blocks} are free."
+            )
+        blocks = [self._free.pop() for _ in range(count)]
+        for block in blocks:
+            self._references[block] = 1
+        return blocks
+
+    def _drop(self, blocks: Sequence[int]) -> None:
+        for block in blocks:
+            self._references[block] -= 1
+            if not self._references[block]:
+                self._free.append(block)
+
+
+def _at_least(name: str, value: int, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"`{name}` must be an int, got {type(value).__name__}.")
+    if value < least:
+        raise ValueError(f"`{name}` must be at least {least}, got {value}.")
+    return int(value)

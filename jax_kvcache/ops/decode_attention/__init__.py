@@ -1,0 +1,1 @@
+"""The operator that reads the cache: attention of new queries over it."""

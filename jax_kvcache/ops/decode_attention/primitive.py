@@ -1,0 +1,47 @@
+"""The primitive of `decode_attention`."""
+
+import jax
+from jax.interpreters import ad
+
+from jax_kvcache.ops.decode_attention.reference import (
+    AttentionOptions,
+    Operands,
+    Results,
+    decode_attention_reference,
+)
+from jax_kvcache.ops.decode_attention.sharding import SHARDING
+from jax_kvcache.ops.operator import Operator, define
+
+NAME = "decode_attention"
+
+OPERATOR = Operator(
+    name=NAME,
+    operands=Operands,
+    results=Results,
+    derived=lambda sizes: sizes,
+    reference=decode_attention_reference,
+    sharding=SHARDING,
+)
+decode_attention_p = define(OPERATOR)
+
+
+def bind(operands: Operands, options: AttentionOptions) -> list[jax.Array]:
+    """Binds the primitive; returns the results of the table `Results`."""
+    return OPERATOR.bind(decode_attention_p, operands, options)
+
+
+def _jvp(primals, tangents, *, options):
+    """Forward-mode derivatives, by q, scales, offsets and sinks: those of the reference."""
+    moving = [i for i, tangent in enumerate(tangents) if not isinstance(tangent, ad.Zero)]
+    moving = [i for i in moving if primals[i].dtype.kind not in "iub"]
+
+    def of_moving(*values):
+        operands = list(primals)
+        for i, value in zip(moving, values, strict=True):
+            operands[i] = value
+        return list(decode_attention_reference(Operands(*operands), options, "cpu"))
+
+    return jax.jvp(of_moving, [primals[i] for i in moving], [tangents[i] for i in moving])
+
+
+ad.primitive_jvps[decode_attention_p] = _jvp

@@ -1,0 +1,1 @@
+"""The operator that writes the cache: dequantise, rotate, quantise, write."""

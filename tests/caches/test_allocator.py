@@ -1,0 +1,183 @@
+"""BlockAllocator against a model: what each sequence reads back, and that no block is lost."""
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from jax_kvcache import BlockAllocator, OutOfBlocksError
+
+BLOCKS, BLOCK = 9, 3
+
+
+class Sequences(RuleBasedStateMachine):
+    """Tokens are numbers, written to a store of blocks where the allocator says."""
+
+    def __init__(self):
+        super().__init__()
+        self.allocator = BlockAllocator(BLOCKS, BLOCK)
+        self.store = np.full((BLOCKS, BLOCK), -1)
+        self.texts: dict[int, list[int]] = {}
+        self.next_token = 0
+
+    def write(self, sequence, start):
+        """Writes new tokens to all rows of a sequence from `start` on."""
+        blocks = self.allocator.blocks(sequence)
+        del self.texts[sequence][start:]
+        for row in range(start, self.allocator.length(sequence)):
+            self.store[blocks[row // BLOCK], row % BLOCK] = self.next_token
+            self.texts[sequence].append(self.next_token)
+            self.next_token += 1
+
+    def state(self):
+        of_each = {s: self.allocator.blocks(s) for s in self.allocator.sequences}
+        return of_each, self.allocator.num_free, [*map(self.allocator.length, of_each)]
+
+    def any_sequence(self, data):
+        return data.draw(st.sampled_from(sorted(self.texts)), label="sequence")
+
+    @rule(length=st.integers(0, 3 * BLOCK))
+    def allocate(self, length):
+        before = self.state()
+        try:
+            sequence = self.allocator.allocate(length)
+        except OutOfBlocksError:
+            assert -(-length // BLOCK) > self.allocator.num_free
+            assert self.state() == before
+            return
+        assert sequence not in self.texts
+        self.texts[sequence] = []
+        self.write(sequence, 0)
+
+    @precondition(lambda self: self.texts)
+    @rule(data=st.data(), tokens=st.integers(0, 2 * BLOCK))
+    def step(self, data, tokens):
+        """Several sequences grow; then the copies, in order; then the new tokens are written."""
+        batch = data.draw(st.permutations(sorted(self.texts)), label="batch")
+        copies, starts = [], {}
+        for sequence in batch[: data.draw(st.integers(1, len(batch)))]:
+            before, start = self.state(), self.allocator.length(sequence)
+            try:
+                copies.append(self.allocator.append(sequence, tokens))
+            except OutOfBlocksError:
+                assert self.state() == before
+                assert self.allocator.num_free < -(-tokens // BLOCK) + 1
+                break
+            starts[sequence] = start
+        for source, destination in copies:
+            assert (source < 0) == (destination < 0)
+            if source >= 0:
+                self.store[destination] = self.store[source]
+        for sequence, start in starts.items():
+            self.write(sequence, start)
+
+    @precondition(lambda self: self.texts)
+    @rule(data=st.data())
+    def fork(self, data):
+        sequence, free = self.any_sequence(data), self.allocator.num_free
+        length = data.draw(st.none() | st.integers(0, len(self.texts[sequence])), label="length")
+        new = self.allocator.fork(sequence, length)
+        self.texts[new] = self.texts[sequence][:length]
+        assert self.allocator.num_free == free
+
+    @precondition(lambda self: self.texts)
+    @rule(data=st.data())
+    def truncate(self, data):
+        sequence = self.any_sequence(data)
+        length = data.draw(st.integers(0, len(self.texts[sequence])), label="length")
+        self.allocator.truncate(sequence, length)
+        del self.texts[sequence][length:]
+
+    @precondition(lambda self: self.texts)
+    @rule(data=st.data())
+    def free(self, data):
+        sequence = self.any_sequence(data)
+        self.allocator.free(sequence)
+        del self.texts[sequence]
+
+    @invariant()
+    def every_sequence_reads_its_own_tokens(self):
+        assert set(self.allocator.sequences) == set(self.texts)
+        for sequence, text in self.texts.items():
+            assert self.allocator.length(sequence) == len(text)
+            rows = self.store[list(self.allocator.blocks(sequence))].reshape(-1)
+            assert rows[: len(text)].tolist() == text
+
+    @invariant()
+    def no_block_is_lost_or_had_twice(self):
+        tables = [self.allocator.blocks(sequence) for sequence in self.texts]
+        for sequence, table in zip(self.texts, tables, strict=True):
+            assert len(set(table)) == len(table) == -(-len(self.texts[sequence]) // BLOCK)
+        assert len(set().union(*tables)) + self.allocator.num_free == BLOCKS
+
+    def teardown(self):
+        for sequence in self.texts:
+            self.allocator.free(sequence)
+        assert sorted(self.allocator.blocks(self.allocator.allocate(BLOCKS * BLOCK))) == [
+            *range(BLOCKS)
+        ]
+
+
+TestSequences = Sequences.TestCase
+TestSequences.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
+
+
+def test_the_last_block_of_a_shared_prefix_is_copied_once():
+    allocator = BlockAllocator(8, 4)
+    parent = allocator.allocate(6)
+    child = allocator.fork(parent)
+    shared = allocator.blocks(parent)
+    copy = allocator.append(parent)
+    assert copy.source == shared[1]
+    assert allocator.blocks(parent) == (shared[0], copy.destination)
+    assert allocator.append(child) == (-1, -1)  # by now the only one that has the block
+    assert allocator.blocks(child) == shared
+
+
+def test_whole_blocks_are_shared_without_a_copy():
+    allocator = BlockAllocator(8, 4)
+    parent = allocator.allocate(11)
+    child = allocator.fork(parent, 8)
+    assert allocator.append(child, 5) == (-1, -1)
+    assert allocator.blocks(child)[:2] == allocator.blocks(parent)[:2]
+    assert allocator.num_free == 8 - 3 - 2
+
+
+def test_block_table():
+    allocator = BlockAllocator(8, 4)
+    one, two = allocator.allocate(5), allocator.allocate(0)
+    table = allocator.block_table([two, None, one], columns=3)
+    assert table.dtype == np.int32
+    assert table.tolist() == [[-1] * 3, [-1] * 3, [*allocator.blocks(one), -1]]
+
+
+def refusals():
+    allocator = BlockAllocator(4, 2)
+    one = allocator.allocate(5)
+    gone = allocator.allocate(1)
+    allocator.free(gone)
+    known = "`sequence` must be one that is allocated, got"
+    return {
+        "num_blocks": (lambda: BlockAllocator(0, 2), ValueError, "`num_blocks` must be at least 1"),
+        "block_size": (lambda: BlockAllocator(2, 2.0), TypeError, "`block_size` .* got float"),
+        "negative": (lambda: allocator.allocate(-1), ValueError, "`length` .* at least 0, got -1"),
+        "bool": (lambda: allocator.append(one, True), TypeError, "`tokens` must be an int, got bo"),
+        "full": (lambda: allocator.append(one, 4), OutOfBlocksError, "2 blocks .* 1 of 4 are free"),
+        "longer": (lambda: allocator.truncate(one, 6), ValueError, "at most 5, .* length, got 6"),
+        "fork": (lambda: allocator.fork(one, 6), ValueError, "`length` must be at most 5"),
+        "freed": (lambda: allocator.free(gone), ValueError, f"{known} 1"),
+        "unknown": (lambda: allocator.append(7), ValueError, f"{known} 7"),
+        "length": (lambda: allocator.length(-1), ValueError, f"{known} -1"),
+        "columns": (
+            lambda: allocator.block_table([one], 2), ValueError,
+            "`columns` must be at least 3, the blocks of sequence 0, got 2",
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", refusals())
+def test_refuses(name):
+    call, error, message = refusals()[name]
+    with pytest.raises(error, match=message):
+        call()

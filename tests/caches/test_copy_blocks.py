@@ -1,0 +1,121 @@
+"""PagedKVCache.copy_blocks against NumPy, in place, and over several devices."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from support import caches, hlo
+
+BLOCKS, L = caches.BLOCKS, caches.L
+INT32 = caches.INT32
+PAIRS = {
+    "none": [],
+    "one": [(2, 5)],
+    "skipped": [(-1, -1), (2, -1), (-1, 3), (BLOCKS, 1), (1, BLOCKS)],
+    "far away": [(INT32.max, 0), (0, INT32.max), (INT32.min, 0), (0, INT32.min)],
+    "a pair sees what those before it wrote": [(1, 2), (2, 3), (0, 1), (6, 1)],
+    "itself": [(4, 4)],
+}  # fmt: skip
+copy = jax.jit(lambda cache, pairs: cache.copy_blocks(*pairs.T), donate_argnums=0)
+
+
+def filled(layers):
+    """A cache with random codes."""
+    rng = np.random.default_rng(0)
+    cache = caches.make("paged", rng, layers=layers, offsets=True)
+    k, v = rng.integers(-128, 128, (2, *cache.k_cache.shape), np.int8)
+    return dataclasses.replace(cache, k_cache=jnp.array(k), v_cache=jnp.array(v))
+
+
+def expected(codes, pairs):
+    codes = np.array(codes)
+    for source, destination in pairs:
+        if 0 <= source < BLOCKS and 0 <= destination < BLOCKS:
+            codes[..., destination, :, :, :] = codes[..., source, :, :, :]
+    return codes
+
+
+@pytest.mark.parametrize("layers", [None, L])
+@pytest.mark.parametrize("name", PAIRS)
+def test_copies_are_numpys(name, layers):
+    cache, pairs = filled(layers), np.array(PAIRS[name], np.int32).reshape(-1, 2)
+    wanted = [expected(codes, pairs) for codes in (cache.k_cache, cache.v_cache)]
+    rest = jax.tree.map(np.asarray, (cache.scale_k, cache.offset_v))
+    after = copy(cache, pairs)
+    np.testing.assert_array_equal([after.k_cache, after.v_cache], wanted)
+    jax.tree.map(np.testing.assert_array_equal, (after.scale_k, after.offset_v), rest)
+    assert after.layers == layers
+
+
+@pytest.mark.parametrize("layers", [None, L])
+def test_in_place(layers):
+    cache, pairs = filled(layers), np.array([(1, 2), (3, 0)], np.int32)
+    compiled = copy.lower(cache, pairs).compile()
+    elements = cache.k_cache.size
+    hlo.assert_in_place(compiled, elements)
+    assert compiled.memory_analysis().temp_size_in_bytes < elements
+    pointers = [a.unsafe_buffer_pointer() for a in (cache.k_cache, cache.v_cache)]
+    after = compiled(cache, pairs)
+    assert pointers == [a.unsafe_buffer_pointer() for a in (after.k_cache, after.v_cache)]
+
+
+def over_devices(kind, spec):
+    """The layered cache with its codes spread over two devices, and its mesh."""
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(kind,))
+    cache = filled(L)
+    codes = NamedSharding(mesh, spec)
+    heads = NamedSharding(mesh, P(None, *spec[3:]))
+    place = lambda leaf: jax.device_put(leaf, codes if leaf.ndim == 5 else heads)  # noqa: E731
+    return jax.tree.map(place, cache), mesh
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_sharded_heads_move_nothing(kind):
+    pairs = np.array(PAIRS["a pair sees what those before it wrote"], np.int32)
+    cache, mesh = over_devices(kind, P(None, None, None, "d"))
+    wanted = expected(cache.k_cache, pairs)
+    with jax.set_mesh(mesh):
+        compiled = copy.lower(cache, pairs).compile()
+        np.testing.assert_array_equal(compiled(cache, pairs).k_cache, wanted)
+    hlo.assert_in_place(compiled, cache.k_cache.size // 2)
+    assert "all-" not in compiled.as_text()
+
+
+def test_inside_shard_map():
+    pairs = np.array([(1, 2), (2, 3)], np.int32)
+    cache, mesh = over_devices(AxisType.Auto, P(None, None, None, "d"))
+    wanted = expected(cache.k_cache, pairs)
+    specs = jax.tree.map(lambda leaf: leaf.sharding.spec, cache)
+    sharded = jax.shard_map(
+        lambda cache, pairs: cache.copy_blocks(*pairs.T),
+        mesh=mesh, in_specs=(specs, P()), out_specs=specs,
+    )  # fmt: skip
+    after = jax.jit(sharded, donate_argnums=0)(cache, pairs)
+    np.testing.assert_array_equal(after.k_cache, wanted)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (([0], [1, 2]), ValueError, r"`destinations` must have shape \[N\] = \[1\], got \[2\]"),
+        (([[0]], [[1]]), TypeError, r"`sources` must be 1-D, got 2-D \[1, 1\]"),
+        (([0.5], [1]), TypeError, "`sources` must have dtype int32, got float64"),
+        ((None, [1]), TypeError, "`sources` is required, got None"),
+    ],
+)
+def test_refuses(arguments, error, message):
+    with pytest.raises(error, match=message):
+        filled(None).copy_blocks(*arguments)
+
+
+def test_under_vmap():
+    stack = functools.partial(jax.tree.map, lambda *leaves: np.stack(leaves))
+    cache, pairs = filled(L), np.array([[(1, 2)], [(3, 0)]], np.int32)
+    after = jax.vmap(lambda cache, pairs: cache.copy_blocks(*pairs.T))(stack(cache, cache), pairs)
+    for codes, one in zip(after.k_cache, pairs, strict=True):
+        np.testing.assert_array_equal(codes, expected(cache.k_cache, one))

@@ -1,0 +1,137 @@
+"""Every implementation gives attention in float64, within the accuracy that is promised."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support import attention
+from support.attention import BF16, CALLS, Call
+
+from jax_kvcache import decode_attention, merge_attention
+
+IMPLEMENTATIONS = ["xla", "ffi"]
+each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+
+
+@each_implementation
+@pytest.mark.parametrize("name", CALLS)
+def test_equals_float64(name, implementation):
+    attention.check(CALLS[name], implementation)
+
+
+@each_implementation
+@pytest.mark.parametrize("name", ["one token", "paged, everything"])
+def test_equals_float64_eagerly(name, implementation):
+    attention.check(CALLS[name], implementation, transform=lambda function: function)
+
+
+@each_implementation
+@pytest.mark.parametrize("kind", ["contiguous", "paged"])
+def test_lengths_are_the_last_querys_rows(kind, implementation):
+    """lengths - S + s + 1 rows; 0 or less, and past the end, are legal."""
+    q, cache, keywords = Call(kind=kind, S=3).draw()
+    for lengths in ([3, 17, 40], [0, 1, 2], [-5, 60, 2**31 - 1], [-(2**31), 5, 40]):
+        lengths = np.array(lengths, np.int64)
+        positions = np.maximum(lengths, 0)[:, None] - 3 + np.arange(3)
+        keywords["positions"] = positions.astype(np.int32)
+        expected = decode_attention(q, cache, implementation=implementation, **keywords)
+        others = {name: value for name, value in keywords.items() if name != "positions"}
+        out = decode_attention(
+            q, cache, lengths.astype(np.int32), implementation=implementation, **others
+        )
+        np.testing.assert_array_equal(out, expected)
+
+
+@each_implementation
+@pytest.mark.parametrize("kind", ["contiguous", "paged"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_stays_in_its_row(kind, bad, implementation):
+    q, cache, keywords = Call(kind=kind, S=2, full=True).draw()
+    clean = decode_attention(q, cache, implementation=implementation, **keywords)
+    spoiled = q.at[1, 0, 2, 3].set(bad)
+    out = decode_attention(spoiled, cache, implementation=implementation, **keywords)
+    own = np.zeros(q.shape[:3], bool)
+    own[1, 0, 2] = True
+    np.testing.assert_array_equal(np.asarray(out)[~own], np.asarray(clean)[~own])
+    assert not np.isfinite(np.asarray(out)[own]).any()
+
+
+@each_implementation
+@pytest.mark.parametrize("kind", ["contiguous", "paged"])
+def test_rows_out_of_sight_do_not_matter(kind, implementation):
+    """Other layers' rows and rows past the positions change no bit."""
+    call = Call(kind=kind, layers=2, rows=40, S=2)
+    q, cache, keywords = call.draw()
+    keywords["positions"] = np.array([[4, 5], [-1, -1], [20, 21]], np.int32)
+    before = decode_attention(q, cache, implementation=implementation, **keywords)
+    keep = np.zeros(cache.k_cache.shape[:3], bool)
+    for b, position in enumerate(keywords["positions"][:, -1]):
+        rows = np.arange(position + 1)
+        if kind == "contiguous":
+            keep[1, b, rows] = True
+        else:
+            keep[1, keywords["block_table"][b, rows // call.block], rows % call.block] = True
+    _, other, _ = call.draw(seed=1)
+    mixed = {
+        name: jnp.where(keep[..., None, None], getattr(cache, name), getattr(other, name))
+        for name in ("k_cache", "v_cache")
+    }
+    scales = (cache.scale_k, cache.scale_v, cache.offset_k, cache.offset_v, cache.layers)
+    changed = type(cache)(*mixed.values(), *scales)
+    after = decode_attention(q, changed, implementation=implementation, **keywords)
+    np.testing.assert_array_equal(before, after)
+
+
+@each_implementation
+@pytest.mark.parametrize("kind", ["contiguous", "paged"])
+@pytest.mark.parametrize("layer", [-1, 2, 2**31 - 1, -(2**31)])
+def test_a_traced_layer_that_does_not_exist_gives_nan(kind, layer, implementation):
+    q, cache, keywords = Call(kind=kind, layers=2).draw()
+
+    @jax.jit
+    def run(layer):
+        return decode_attention(
+            q, cache, return_lse=True, implementation=implementation, **keywords | {"layer": layer}
+        )
+
+    out, lse = run(jnp.int32(layer))
+    assert np.isnan(out).all()
+    assert np.isnan(lse).all()
+    out, _ = run(jnp.int32(0))
+    assert np.isfinite(out).all()
+
+
+@each_implementation
+def test_a_traced_scale_is_the_same_factor(implementation):
+    q, cache, keywords = Call().draw()
+    keywords["scale"] = 0.25
+    static = decode_attention(q, cache, implementation=implementation, **keywords)
+    keywords.pop("scale")
+    traced = jax.jit(
+        lambda scale: decode_attention(
+            q, cache, scale=scale, implementation=implementation, **keywords
+        )
+    )(jnp.float32(0.25))
+    np.testing.assert_allclose(traced, static, rtol=1e-6, atol=1e-6)
+
+
+@each_implementation
+@pytest.mark.parametrize("dtype", [np.float32, BF16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_parts_merge_into_the_whole(sinks, dtype, implementation):
+    """Attention over two sets of blocks, merged, is attention over all of them."""
+    q, cache, keywords = Call(kind="paged", rows=64, full=True, sinks=sinks, dtype=dtype).draw()
+    table, sink = keywords["block_table"], keywords.pop("sinks", None)
+    whole = decode_attention(q, cache, sinks=sink, implementation=implementation, **keywords)
+    parts = []
+    for keep in (np.arange(8) < 3, np.arange(8) >= 3, np.zeros(8, bool)):
+        keywords["block_table"] = np.where(keep, table, -1).astype(np.int32)
+        parts.append(
+            decode_attention(q, cache, return_lse=True, implementation=implementation, **keywords)
+        )
+    merged = merge_attention(*zip(*parts, strict=True), sinks=sink)
+    assert merged.dtype == whole.dtype
+    tolerance = 1e-5 if dtype == np.float32 else 2e-2
+    np.testing.assert_allclose(
+        np.asarray(merged, np.float32), np.asarray(whole, np.float32), atol=tolerance
+    )

@@ -1,0 +1,48 @@
+"""Each stage of the reference under jit against NumPy on wide random data, bit for bit.
+
+XLA:CPU changes bits in a good share of these values when a product may be fused or a division
+turned into a multiplication, so each test fails without its guard in the reference.
+"""
+
+import jax
+import numpy as np
+from support import oracle
+from support.internals import reference
+from support.results import assert_same_bits
+
+F32 = np.float32
+
+
+def test_rope_float32_products_are_not_fused():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((64, 8, 128)).astype(F32)
+    cos, sin = rng.standard_normal((2, 64, 128)).astype(F32)
+    expected = np.stack([oracle.rotate(*token) for token in zip(x, cos, sin, strict=True)])
+    halves = jax.jit(reference.apply_rope)(x, cos, sin)
+    assert_same_bits(np.concatenate(halves, axis=-1), expected)
+
+
+def test_dequantize_products_are_not_reassociated_or_fused():
+    rng = np.random.default_rng(1)
+    x = rng.integers(-(2**31), 2**31, (64, 512)).astype(np.int32)
+    weight_scale, bias = rng.uniform(1e-9, 1e-8, (2, 512)).astype(F32)
+    activation_scale = rng.uniform(0.5, 2, 64).astype(F32)
+    expected = x.astype(F32) * weight_scale * activation_scale[:, None] + bias
+    actual = jax.jit(reference.dequantize)(x, weight_scale, activation_scale, bias)
+    assert_same_bits(actual, expected)
+
+
+def test_quotients_are_divided():
+    """Codes at half steps flip when value / scale is computed as value * (1 / scale)."""
+    rng = np.random.default_rng(3)
+    scale = rng.uniform(0.01, 0.1, (8, 64)).astype(F32)
+    codes = rng.integers(-100, 100, (256, 8, 64)) + 0.5
+    value = (codes * scale).astype(F32)
+    expected = oracle.quantize(value, scale, None)
+    assert np.any(np.rint(value * (1 / scale)) != np.rint(value / scale))
+    np.testing.assert_array_equal(
+        jax.jit(reference.quantize_int8, static_argnums=2)(value, scale, None), expected
+    )
+    np.testing.assert_array_equal(
+        jax.jit(lambda v: reference.quantize_int8(v, scale, None))(value), expected
+    )
