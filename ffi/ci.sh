@@ -59,12 +59,17 @@ build address -DSANITIZE=address
 "$work/address/tests/${operator}_fuzz_test" "$calls"
 "$work/address/tests/${operator}_cuda_test" 300
 "$work/address/tests/decode_attention_cuda_test" 42
+"$work/address/tests/decode_attention_kernel_test" 60 2000
+"$work/address/tests/decode_attention_fuzz_test" "$calls"
+"$work/address/tests/decode_attention_guard_test" 200
 
 build thread -DSANITIZE=thread
-if ! "$work/thread/tests/${operator}_threads_test" 4 2> "$work/tsan.log"; then
-  cat "$work/tsan.log"
-  exit 1
-fi
+for test in "${operator}_threads_test" decode_attention_threads_test; do
+  if ! "$work/thread/tests/$test" 4 2> "$work/tsan.log"; then
+    cat "$work/tsan.log"
+    exit 1
+  fi
+done
 
 if has aarch64-linux-gnu-g++ "aarch64" && has qemu-aarch64 "aarch64"; then
   build aarch64 -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
@@ -77,4 +82,6 @@ if has aarch64-linux-gnu-g++ "aarch64" && has qemu-aarch64 "aarch64"; then
     exit 1
   fi
   echo "aarch64: the same bits, hash $got"
+  "${run[@]}" "$work/aarch64/tests/decode_attention_kernel_test" 60 2000
+  "${run[@]}" "$work/aarch64/tests/decode_attention_guard_test" 100
 fi

@@ -1,7 +1,9 @@
 // Owns the checks of one native call of decode_attention.
 #include "core/decode_attention.h"
 
+#include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <initializer_list>
 #include <string>
 
@@ -137,7 +139,8 @@ class Checker : private Checks {
 
   bool CheckAttributes() {
     shape_.scale = call_.scale;
-    shape_.window = call_.window;
+    // No position has more rows before it, and sums with this bound do not overflow.
+    shape_.window = std::min(call_.window, int64_t{1} << 32);
     shape_.soft_cap = call_.soft_cap;
     shape_.return_lse = call_.return_lse;
     if (call_.window < 0) {

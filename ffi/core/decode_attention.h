@@ -69,7 +69,7 @@ struct Shape {
   bool has_offset = false;
   bool has_sinks = false;
   float scale = 1.0f;
-  int64_t window = 0;
+  int64_t window = 0;  // at most 2^32
   float soft_cap = 0.0f;
   bool return_lse = false;
 

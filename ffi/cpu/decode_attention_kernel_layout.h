@@ -47,6 +47,9 @@ struct PartSizes {
     return left > 2 ? 4 : left;
   }
 
+  // The widths of all tiles together.
+  int64_t PaddedQueries() const { return (tiles - 1) * tile_width + Width(tiles - 1); }
+
   Channels ChannelsFrom(int64_t first) const { return {first, head_dim, slots}; }
 
   const int64_t heads;
@@ -63,8 +66,8 @@ struct PartSizes {
 
 // What one kv head of a part keeps while the blocks of rows go by.
 struct HeadMemory {
-  float* packed;     // [tiles, tile_width * stride]: tile t is [slots, W, kLanes] or [D, W]
-  float* sums;       // [tiles * tile_width, stride], of which [slots, kLanes] are used
+  float* packed;     // [padded queries, stride]: a tile's is [slots, W, kLanes] or [D, W]
+  float* sums;       // [padded queries, stride], of which [slots, kLanes] are used
   float* centre_k;   // [slots, kLanes]
   float* centre_v;   // [slots, kLanes]
   TileState* tiles;  // [tiles]
@@ -84,14 +87,14 @@ class PartMemory {
     seen_end = seen_begin + RoundUp(sizes.positions, 16);
   }
 
-  // Floats, a multiple of 16 as all that it consists of.
+  // Floats of all of it.
   static int64_t Size(const PartSizes& sizes) {
     return sizes.heads * HeadFloats(sizes) + ScoreFloats(sizes) + 2 * ValueFloats(sizes) +
            2 * kStagedBytes / 4 + RowFloats(sizes) + 2 * RoundUp(sizes.positions, 16);
   }
 
   HeadMemory Head(int64_t h) const {
-    const int64_t queries_size = sizes_.tiles * sizes_.tile_width * sizes_.stride;
+    const int64_t queries_size = sizes_.PaddedQueries() * sizes_.stride;
     HeadMemory head;
     head.packed = heads_ + h * HeadFloats(sizes_);
     head.sums = head.packed + queries_size;
@@ -101,7 +104,7 @@ class PartMemory {
     return head;
   }
   static int64_t HeadFloats(const PartSizes& sizes) {
-    return sizes.tiles * sizes.tile_width * sizes.stride * 2 + sizes.stride * 2 +
+    return sizes.PaddedQueries() * sizes.stride * 2 + sizes.stride * 2 +
            sizes.tiles * static_cast<int64_t>(sizeof(TileState) / sizeof(float));
   }
 

@@ -18,14 +18,17 @@ constexpr int kTileRows = kLanes == 16 ? 8 : 4;
 // keys [count, D]: the codes of `count` rows, less the centre.
 template <bool kCentred>
 void ConvertKeys(const int8_t* const* rows, int64_t count, Channels channels, const float* centre,
-                 Ahead ahead, float* keys) {
+                 float* keys) {
   for (int64_t r = 0; r < count; ++r) {
-    if (ahead.k != nullptr) ahead.Fetch(r, channels.count);
-    for (int64_t slot = 0; slot < channels.slots; ++slot) {
-      const int64_t at = channels.At(slot);
-      StoreVector(LoadCentred<kCentred>(rows[r] + at, centre + slot * kLanes),
-                  keys + r * channels.count + at - channels.first);
+    const int8_t* const codes = rows[r] + channels.first;
+    float* const to = keys + r * channels.count;
+    int64_t c = 0;
+    for (; c + kLanes <= channels.count; c += kLanes) {
+      StoreVector(LoadCentred<kCentred>(codes + c, centre + c), to + c);
     }
+    if (c == channels.count) continue;
+    const int64_t last = channels.count - kLanes;
+    StoreVector(LoadCentred<kCentred>(codes + last, centre + c), to + last);
   }
 }
 
@@ -34,11 +37,21 @@ void ConvertKeys(const int8_t* const* rows, int64_t count, Channels channels, co
 template <bool kCentred>
 void ConvertValues(const int8_t* const* rows, int64_t count, Channels channels, const float* centre,
                    float* values) {
+  constexpr int64_t kPair = 2 * kLanes;
+  const int64_t whole = channels.count / kPair * kPair;
   for (int64_t r = 0; r < count; ++r) {
-    for (int64_t i = 0; i < channels.slots + channels.slots % 2; ++i) {
+    float* to = values + r * kPair;
+    for (int64_t c = 0; c < whole; c += kPair) {
+      const int8_t* const codes = rows[r] + channels.first + c;
+      StoreVector(LoadCentred<kCentred>(codes, centre + c), to);
+      StoreVector(LoadCentred<kCentred>(codes + kLanes, centre + c + kLanes), to + kLanes);
+      to += count * kPair;
+    }
+    if (whole == channels.count) continue;
+    for (const int64_t i : {whole / kLanes, whole / kLanes + 1}) {
       const int64_t slot = std::min(i, channels.slots - 1);
-      StoreVector(LoadCentred<kCentred>(rows[r] + channels.At(slot), centre + slot * kLanes),
-                  values + ((i / 2 * count + r) * 2 + i % 2) * kLanes);
+      StoreVector(LoadCentred<kCentred>(rows[r] + channels.At(slot), centre + slot * kLanes), to);
+      to += kLanes;
     }
   }
 }
@@ -46,9 +59,12 @@ void ConvertValues(const int8_t* const* rows, int64_t count, Channels channels, 
 // scores [count, N * kLanes] = keys [count, D] times packed [D, N * kLanes]. The count is a
 // multiple of kRowsTogether.
 template <int N>
-void ScoreTile(const float* keys, int64_t count, int64_t head_dim, const float* packed,
+void ScoreTile(const float* keys, int64_t count, int64_t head_dim, const float* packed, Ahead ahead,
                float* scores) {
   for (int64_t r = 0; r < count; r += kTileRows) {
+    if (ahead.k != nullptr) {
+      for (int i = 0; i < kTileRows; ++i) ahead.Fetch(r + i, head_dim);
+    }
     Vector sums[kTileRows][N] = {};
     const float* const key = keys + r * head_dim;
     for (int64_t c = 0; c < head_dim; ++c) {

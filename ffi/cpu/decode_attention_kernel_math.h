@@ -37,6 +37,9 @@ JAX_KVCACHE_INLINE Vector LoadCodes(const int8_t* from) {
   const __m128i codes = _mm_cvtsi32_si128(LoadBits<int32_t>(from));
   const __m128i words = _mm_unpacklo_epi8(codes, codes);
   return _mm_cvtepi32_ps(_mm_srai_epi32(_mm_unpacklo_epi16(words, words), 24));
+#elif defined(__aarch64__)
+  const int8x8_t codes = vreinterpret_s8_s32(vdup_n_s32(LoadBits<int32_t>(from)));
+  return BitCast<Vector>(vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(codes)))));
 #else
   return __builtin_convertvector(LoadBits<Bytes<kLanes>>(from), Vector);
 #endif

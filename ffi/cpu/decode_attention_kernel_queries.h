@@ -85,6 +85,11 @@ struct HeadParameters {
   const float* sinks = nullptr;
 };
 
+// Number `s` of the part's positions, in [0, G * B * S).
+inline int64_t QueryNumber(const Shape& shape, const Part& part, int64_t s) {
+  return (part.group * shape.sequences + part.sequence) * shape.queries + part.query_begin + s;
+}
+
 // Fills centre [slots, kLanes].
 inline void PackCentre(const PartSizes& sizes, const float* offset, int64_t head_dim,
                        float* centre) {

@@ -1,6 +1,5 @@
-// Owns one instruction set's attention kernel: a part's walk over blocks of rows and kv heads, and
-// the merge of its chunks. Compiled once per instruction set; JAX_KVCACHE_VARIANT names the entry
-// point.
+// Owns one instruction set's attention kernel: a part's walk over blocks of rows and kv heads.
+// Compiled once per instruction set; JAX_KVCACHE_VARIANT names the entry point.
 #include "cpu/decode_attention_kernel_variant.h"
 
 #include <algorithm>
@@ -11,17 +10,13 @@
 #include "cpu/decode_attention_kernel_layout.h"
 #include "cpu/decode_attention_kernel_many.h"
 #include "cpu/decode_attention_kernel_math.h"
+#include "cpu/decode_attention_kernel_merge.h"
 #include "cpu/decode_attention_kernel_queries.h"
 #include "cpu/decode_attention_kernel_rows.h"
 #include "cpu/decode_attention_kernel_softmax.h"
 
 namespace jax_kvcache::decode_attention {
 namespace {
-
-// Number `s` of the part's positions, in [0, G * B * S).
-int64_t QueryNumber(const Shape& shape, const Part& part, int64_t s) {
-  return (part.group * shape.sequences + part.sequence) * shape.queries + part.query_begin + s;
-}
 
 class PartRun {
  public:
@@ -182,13 +177,13 @@ class PartRun {
 
   template <bool kCentred>
   void ManyQueries(const Work& work) {
-    ConvertKeys<kCentred>(work.k, work.rows, work.channels, work.head.centre_k, work.ahead,
-                          memory_.keys);
+    ConvertKeys<kCentred>(work.k, work.rows, work.channels, work.head.centre_k, memory_.keys);
     ConvertValues<kCentred>(work.v, work.count, work.channels, work.head.centre_v, memory_.values);
     for (int64_t t = 0; t < sizes_.tiles; ++t) {
       const int64_t width = sizes_.Width(t);
       const auto score = width > kLanes ? ScoreTile<2> : ScoreTile<1>;
-      score(memory_.keys, work.rows, sizes_.head_dim, Packed(work.head, t), memory_.Scores(t));
+      score(memory_.keys, work.rows, sizes_.head_dim, Packed(work.head, t),
+            t == 0 ? work.ahead : Ahead(), memory_.Scores(t));
       float factors[kMaxTileWidth];
       if (!Weigh(work, t, factors)) continue;
       const int64_t queries = std::min(width, sizes_.queries - t * sizes_.tile_width);
@@ -279,40 +274,6 @@ int64_t ScratchSize(const Shape& shape, const Part& part) {
 void RunPart(const Shape& shape, const Buffers& b, const Part& part, float* scratch,
              float* partials) {
   PartRun(shape, b, part, scratch).Run(partials);
-}
-
-void MergeChunks(const Shape& shape, const Buffers& b, const Part& part, float* scratch,
-                 const float* partials) {
-  const int64_t stride = SumsSize(shape.head_dim);
-  const int64_t chunk_size = ChunkSize(shape, part);
-  const int64_t queries = PartQueries(shape, part);
-  const int64_t group = shape.queries_per_kv_head();
-  float* const sums = scratch;
-  for (int64_t head = part.head_begin; head < part.head_end; ++head) {
-    const HeadParameters parameters(shape, b, part.group, head);
-    const ResultWriter writer(shape, b, parameters, scratch + stride);
-    for (int64_t i = 0; i < queries; ++i) {
-      const float* const first =
-          partials + part.first_partial + (head * queries + i) * PartialSize(shape.head_dim);
-      float peak = -kInfinity;
-      for (int64_t chunk = 0; chunk < part.chunks; ++chunk) {
-        peak = std::max(peak, first[chunk * chunk_size + stride]);
-      }
-      std::fill_n(sums, stride, 0.0f);
-      float total = 0;
-      for (int64_t chunk = 0; chunk < part.chunks; ++chunk) {
-        const float* const partial = first + chunk * chunk_size;
-        if (partial[stride] == -kInfinity) continue;  // no row was seen
-        const Vector factor = Exp2(Vector{} + (partial[stride] - peak));
-        total += partial[stride + 1] * factor[0];
-        for (int64_t c = 0; c < stride; c += kLanes) {
-          StoreVector(LoadVector(sums + c) + LoadVector(partial + c) * factor, sums + c);
-        }
-      }
-      writer.Put(QueryNumber(shape, part, i / group), head * group + i % group, sums, peak, total,
-                 first[stride + 2]);
-    }
-  }
 }
 
 }  // namespace

@@ -5,7 +5,8 @@
 namespace jax_kvcache {
 
 // The instruction sets that the kernels are compiled for, from the least to the best. Other
-// processors than x86-64 have the baseline only. A kernel's results have the same bits in all.
+// processors than x86-64 have the baseline only. The write has the same results in all, bit for
+// bit; attention does not.
 enum class Simd : int { kBaseline, kAvx2, kAvx512, kAvx512Bf16, kCount };
 
 // "baseline", "avx2", "avx512" or "avx512_bf16".

@@ -69,8 +69,8 @@ void CheckPlan(const Shape& shape, const std::vector<int32_t>& positions,
           const bool seen = row <= position && (shape.window == 0 || row > position - shape.window);
           const int n =
               times[static_cast<size_t>((query * shape.num_kv_heads + h) * shape.block_rows + row)];
-          Check(n == 1 || (n == 0 && !seen),
-                where + ": row " + std::to_string(row) + " is in " + std::to_string(n) + " parts");
+          if (n == 1 || (n == 0 && !seen)) continue;
+          Fail(where + ": row " + std::to_string(row) + " is in " + std::to_string(n) + " parts");
         }
       }
     }
@@ -83,7 +83,8 @@ void CheckPlan(const Shape& shape, const std::vector<int32_t>& positions,
       const int64_t size = PartQueries(shape, part) * PartialSize(shape.head_dim);
       const int64_t first = part.first_partial + part.chunk * ChunkSize(shape, part);
       for (int64_t i = first + part.head_begin * size; i < first + part.head_end * size; ++i) {
-        Check(i < plan.partials_size && ++used[static_cast<size_t>(i)] == 1, where + ": partials");
+        const bool own = i < plan.partials_size && ++used[static_cast<size_t>(i)] == 1;
+        if (!own) Fail(where + ": partial results of two chunks in one place");
       }
     }
     Check(chunks == plan.chunks, where + ": counters");
