@@ -299,7 +299,7 @@ CASES = {
         {"degree": 2},
     ),
     "absmax with an offset": Case(
-        calibrate, {"method": "absmax", "symmetric": False}, 'use "minmax" with `symmetric=False`',
+        calibrate, {"method": "absmax", "symmetric": False}, "needs a method with an offset",
         {"method": "minmax", "symmetric": False},
     ),
     "a percentile without a sketch": Case(
@@ -332,6 +332,7 @@ ADVICE = re.compile(
 ELSEWHERE = {
     "Shard the blocks": "attention over a mesh, tests/mesh",
     "Set it to": "files of a checkpoint, tests/checkpoints",
+    "Make them with": "scales that a folder does not have, tests/checkpoints",
 }
 
 
@@ -342,7 +343,7 @@ def advice_in(tree):
     for node in ast.walk(tree):
         is_text = isinstance(node, ast.Constant) and isinstance(node.value, str)
         if is_text and id(node) not in docstrings:
-            yield from ADVICE.findall(node.value)
+            yield from (advice.rstrip(".") for advice in ADVICE.findall(node.value))
 
 
 def test_every_advice_has_a_case():

@@ -74,7 +74,7 @@ def fake_quantize(
     rows = values.reshape(-1, 1, scale.size)  # [T, Nkv, D] for the operator's stage
     flat_scale = scale.reshape(1, -1)
     flat_offset = None if offset is None else offset.reshape(1, -1)
-    codes = quantize_int8(rows, flat_scale, flat_offset).reshape(values.shape)
+    codes = _codes(rows, flat_scale, flat_offset).reshape(values.shape)
     steps = codes.astype(jnp.float32)
     ones = (1,) * (values.ndim - scale.ndim)
     if offset is not None:
@@ -115,6 +115,11 @@ def scale_and_offset(
         return Calibration(scale, None)
     offset = jnp.where(usable, codes[0] - low / scale, jnp.zeros_like(scale))
     return Calibration(scale, offset)
+
+
+# The operator's codes. Compiled, since what keeps them exact has a NaN in it, which reaches no code
+# but at which `jax.debug_nans` would stop.
+_codes = jax.jit(quantize_int8)
 
 
 @overload
