@@ -154,6 +154,11 @@ def stack_kv_parameters(parameters: Sequence[KvParameters | None]) -> KvParamete
     present = [p for p in parameters if p is not None]
     if not present:
         return None
+    if len(present) < len(parameters):
+        raise CheckpointError(
+            f"every layer must have scales for the cache, and layer {parameters.index(None)} has "
+            "none."
+        )
     names = sorted(set.union(*map(set, present)))
     stacked = {name: np.stack([p[name] for p in present]) for name in names}
     if not any(stacked[name].any() for name in names if name.startswith("offset")):

@@ -6,6 +6,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jax_kvcache.checkpoints import ascend_v1
 from jax_kvcache.checkpoints.compressed_tensors import CompressedTensorsFormat
@@ -16,6 +17,7 @@ from jax_kvcache.checkpoints.linears import (
     FloatFormat,
     Format,
     KvParameters,
+    float32,
     float_weight,
     fuse,
     permute,
@@ -111,7 +113,9 @@ def _read_model(config: FolderConfig, source: Format, files: TensorFiles) -> Mod
     head = _read_head(config, source, files, embed)
     layers, parameters = [], []
     for index in range(sizes.n_layers):
-        layer, of_cache = _read_layer(config, source, f"model.layers.{index}")
+        name = f"model.layers.{index}"
+        _check_frequencies(config, files, f"{name}.self_attn.rotary_emb.inv_freq")
+        layer, of_cache = _read_layer(config, source, name)
         layers.append(layer)
         parameters.append(of_cache)
     norm = source.vector("model.norm", sizes.d_model)
@@ -142,6 +146,20 @@ def _read_head(
                 '"tie_word_embeddings": true, and does not. Set it to false.'
             )
     return None
+
+
+def _check_frequencies(config: FolderConfig, files: TensorFiles, name: str) -> None:
+    """Old Llama files hold RoPE's frequencies, which config.json says too: the two must agree."""
+    if name not in files:
+        return
+    rope, dim = config.model.rope, config.model.rope.rotary_dim(config.model.head_dim)
+    stored = float32(files, name, (dim // 2,))
+    expected = rope.theta ** -(np.arange(0, dim, 2) / dim)
+    if not np.allclose(stored, expected, rtol=2**-7, atol=0):  # bfloat16's last bit, twice
+        raise CheckpointError(
+            f'`{name}` must be the frequencies of "rope_theta" = {rope.theta}, got '
+            f"{stored[:3].tolist()} and so on. Correct config.json, or drop the tensor."
+        )
 
 
 def _read_layer(
