@@ -31,7 +31,8 @@ class Scratch {
       return nullptr;
     }
     const auto address = reinterpret_cast<uintptr_t>(*block);
-    return reinterpret_cast<void*>((address + alignment - 1) & ~uintptr_t{alignment - 1});
+    const uintptr_t past = address % alignment;
+    return static_cast<char*>(*block) + (past == 0 ? 0 : alignment - past);
   }
 
   const std::string& error() const { return error_; }

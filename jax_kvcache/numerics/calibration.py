@@ -71,6 +71,11 @@ def fake_quantize(
     check_channels(values, scale.shape)
     if offset is not None:
         check_shape("offset", offset, ("*channels", scale.shape))
+    spec: Any = spec_of(values)
+    return automatically(_fake_quantize, FakeQuantized(spec, spec), values, scale, offset)
+
+
+def _fake_quantize(values: jax.Array, scale: jax.Array, offset: jax.Array | None) -> FakeQuantized:
     rows = values.reshape(-1, 1, scale.size)  # [T, Nkv, D] for the operator's stage
     flat_scale = scale.reshape(1, -1)
     flat_offset = None if offset is None else offset.reshape(1, -1)
