@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jax_kvcache.checkpoints.errors import CheckpointError
@@ -16,6 +15,7 @@ from jax_kvcache.checkpoints.linears import (
     finite,
     float32,
     float_weight,
+    on_host,
     optional_bias,
 )
 from jax_kvcache.checkpoints.tensors import FLOATS, TensorFiles
@@ -117,22 +117,22 @@ class AscendV1Format(Format):
             return self._static(name, codes)  # quant_bias holds the bias: it is not added again
         scale = self._weight_scale(name, out)
         if kind == "W8A16":
-            return FloatLinear(jnp.asarray(codes.astype(np.float32) * scale[:, None]), added)
+            return FloatLinear(on_host(codes.astype(np.float32) * scale[:, None]), added)
         if kind == "W8A8_MIX":
             self._static(name, codes)  # checked, and not used
             self.mixed.append(name)
-        return DynamicInt8Linear(jnp.asarray(codes), jnp.asarray(scale), added)
+        return DynamicInt8Linear(on_host(codes), on_host(scale), added)
 
     def _static(self, name: str, codes: np.ndarray) -> StaticInt8Linear:
         out = len(codes)
         scale = float32(self.files, f"{name}.input_scale", (1,))
         offset = float32(self.files, f"{name}.input_offset", (1,))
         return StaticInt8Linear(
-            jnp.asarray(codes),
-            jnp.asarray(finite(f"{name}.input_scale", scale, positive=True)[0]),
-            jnp.asarray(finite(f"{name}.input_offset", offset)[0]),
-            jnp.asarray(self._deq_scale(name, out)),
-            jnp.asarray(self.files.take(f"{name}.quant_bias", [(out,)], ("I32",))),
+            on_host(codes),
+            on_host(finite(f"{name}.input_scale", scale, positive=True)[0]),
+            on_host(finite(f"{name}.input_offset", offset)[0]),
+            on_host(self._deq_scale(name, out)),
+            on_host(self.files.take(f"{name}.quant_bias", [(out,)], ("I32",))),
         )
 
     def _deq_scale(self, name: str, out: int) -> np.ndarray:

@@ -3,7 +3,6 @@
 import re
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from jax_kvcache.checkpoints.errors import CheckpointError
@@ -14,6 +13,7 @@ from jax_kvcache.checkpoints.linears import (
     finite,
     float32,
     float_weight,
+    on_host,
     optional_bias,
 )
 from jax_kvcache.checkpoints.tensors import TensorFiles
@@ -75,14 +75,14 @@ class CompressedTensorsFormat(Format):
             f"{name}.weight_scale", float32(self.files, f"{name}.weight_scale", (out, 1))
         ).reshape(out)
         if not self.static:
-            return DynamicInt8Linear(jnp.asarray(codes), jnp.asarray(scale), added)
+            return DynamicInt8Linear(on_host(codes), on_host(scale), added)
         key = f"{name}.input_scale"
         inputs = finite(key, float32(self.files, key, (1,)), positive=True)[0]
         return StaticInt8Linear(
-            weight=jnp.asarray(codes),
-            input_scale=jnp.asarray(inputs),
-            input_offset=jnp.float32(0),
-            weight_scale=jnp.asarray(scale * inputs),
+            weight=on_host(codes),
+            input_scale=on_host(inputs),
+            input_offset=on_host(np.float32(0)),
+            weight_scale=on_host(scale * inputs),
             bias=added,
         )
 

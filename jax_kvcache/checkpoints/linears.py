@@ -1,9 +1,9 @@
 """From tensors to linear layers: what every format shares."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jax_kvcache.checkpoints.errors import CheckpointError
@@ -34,16 +34,33 @@ def finite(name: str, values: np.ndarray, *, positive: bool = False) -> np.ndarr
     return values
 
 
+def on_host(array: Any) -> jax.Array:
+    """A NumPy array in a field that will hold a JAX array: `place` moves it to the device.
+
+    Joining q, k and v on the host needs no program to be compiled while loading.
+    """
+    return array
+
+
+def place(layer: Any) -> Any:
+    """A pytree with its arrays on JAX's default device.
+
+    It waits for the copies, so that no more than one layer's arrays wait for theirs; on a CPU,
+    `device_put` takes over a buffer that is aligned for it, without a copy.
+    """
+    return jax.block_until_ready(jax.device_put(layer))
+
+
 def float_weight(files: TensorFiles, name: str, out: int, width: int) -> jax.Array:
     """A float weight as it is; float16, in which products overflow, as float32."""
     weight = files.take(name, [(out, width)])
-    return jnp.asarray(weight.astype(np.float32) if weight.dtype == np.float16 else weight)
+    return on_host(weight.astype(np.float32) if weight.dtype == np.float16 else weight)
 
 
 def optional_bias(files: TensorFiles, name: str, out: int, required: bool) -> jax.Array | None:
     """The bias of the linear layer `name`, or None where it has none and needs none."""
     key = f"{name}.bias"
-    return jnp.asarray(float32(files, key, (out,))) if required or key in files else None
+    return on_host(float32(files, key, (out,))) if required or key in files else None
 
 
 class Format:
@@ -121,21 +138,23 @@ def fuse(attention: str, q: Linear, k: Linear, v: Linear) -> tuple[Linear, ...]:
         if len(kinds) > 1:
             return parts
         (kind,) = kinds
-        bias = jnp.concatenate(
-            [
-                jnp.zeros(part.weight.shape[0], kind) if part.bias is None else part.bias
-                for part in parts
-            ]
+        bias = _joined(
+            np.zeros(part.weight.shape[0], kind) if part.bias is None else part.bias
+            for part in parts
         )
     if len({part.weight.dtype for part in parts}) > 1:
         return parts
-    weight = jnp.concatenate([part.weight for part in parts])
+    weight = _joined(part.weight for part in parts)
     if isinstance(q, FloatLinear):
         return (FloatLinear(weight, bias),)
-    scale = jnp.concatenate([p.weight_scale for p in parts if not isinstance(p, FloatLinear)])
+    scale = _joined(p.weight_scale for p in parts if not isinstance(p, FloatLinear))
     if isinstance(q, StaticInt8Linear):
         return (StaticInt8Linear(weight, q.input_scale, q.input_offset, scale, bias),)
     return (DynamicInt8Linear(weight, scale, bias),)
+
+
+def _joined(arrays: Iterable[Any]) -> jax.Array:
+    return on_host(np.concatenate([np.asarray(array) for array in arrays]))
 
 
 def _check_inputs_agree(attention: str, parts: tuple[Linear, ...]) -> None:
@@ -154,6 +173,11 @@ def stack_kv_parameters(parameters: Sequence[KvParameters | None]) -> KvParamete
     present = [p for p in parameters if p is not None]
     if not present:
         return None
+    if len(present) < len(parameters):
+        raise CheckpointError(
+            f"every layer must have scales for the cache, and layer {parameters.index(None)} has "
+            "none."
+        )
     names = sorted(set.union(*map(set, present)))
     stacked = {name: np.stack([p[name] for p in present]) for name in names}
     if not any(stacked[name].any() for name in names if name.startswith("offset")):

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from jax_kvcache.checkpoints import ascend_v1
 from jax_kvcache.checkpoints.compressed_tensors import CompressedTensorsFormat
@@ -16,9 +16,11 @@ from jax_kvcache.checkpoints.linears import (
     FloatFormat,
     Format,
     KvParameters,
+    float32,
     float_weight,
     fuse,
     permute,
+    place,
     stack_kv_parameters,
 )
 from jax_kvcache.checkpoints.tensors import TensorFiles
@@ -107,11 +109,13 @@ def _check_format(path: Path, config: FolderConfig, described: bool, quantize: s
 def _read_model(config: FolderConfig, source: Format, files: TensorFiles) -> Model:
     """Reads the largest tensors first, while little else is in memory."""
     sizes = config.model
-    embed = source.embedding("model.embed_tokens", sizes.vocab, sizes.d_model)
-    head = _read_head(config, source, files, embed)
+    embed = place(source.embedding("model.embed_tokens", sizes.vocab, sizes.d_model))
+    head = place(_read_head(config, source, files, embed))
     layers, parameters = [], []
     for index in range(sizes.n_layers):
-        layer, of_cache = _read_layer(config, source, f"model.layers.{index}")
+        name = f"model.layers.{index}"
+        _check_frequencies(config, files, f"{name}.self_attn.rotary_emb.inv_freq")
+        layer, of_cache = _read_layer(config, source, name)
         layers.append(layer)
         parameters.append(of_cache)
     norm = source.vector("model.norm", sizes.d_model)
@@ -120,9 +124,9 @@ def _read_model(config: FolderConfig, source: Format, files: TensorFiles) -> Mod
     return Model(
         embed=embed,
         layers=tuple(layers),
-        norm_f=jnp.asarray(norm),
+        norm_f=place(norm),
         head=head,
-        cache_params=None if cache is None else {n: jnp.asarray(a) for n, a in cache.items()},
+        cache_params=place(cache),
         config=sizes,
     )
 
@@ -136,12 +140,26 @@ def _read_head(
         return source.linear(name, sizes.vocab, sizes.d_model, False)
     if f"{name}.weight" in files:
         stored = float_weight(files, f"{name}.weight", sizes.vocab, sizes.d_model)
-        if not jnp.array_equal(stored, embed):
+        if not np.array_equal(stored, embed):
             raise CheckpointError(
                 f"`{name}.weight` must equal `model.embed_tokens.weight`, since config.json has "
                 '"tie_word_embeddings": true, and does not. Set it to false.'
             )
     return None
+
+
+def _check_frequencies(config: FolderConfig, files: TensorFiles, name: str) -> None:
+    """Old Llama files hold RoPE's frequencies, which config.json says too: the two must agree."""
+    if name not in files:
+        return
+    rope, dim = config.model.rope, config.model.rope.rotary_dim(config.model.head_dim)
+    stored = float32(files, name, (dim // 2,))
+    expected = rope.theta ** -(np.arange(0, dim, 2) / dim)
+    if not np.allclose(stored, expected, rtol=2**-7, atol=0):  # bfloat16's last bit, twice
+        raise CheckpointError(
+            f'`{name}` must be the frequencies of "rope_theta" = {rope.theta}, got '
+            f"{stored[:3].tolist()} and so on. Correct config.json, or drop the tensor."
+        )
 
 
 def _read_layer(
@@ -166,14 +184,14 @@ def _read_layer(
             of_k = {n: a for n, a in cache.items() if n.endswith("_k")}
             cache |= permute_for_rope(of_k, head_dim, rotary_dim=rotary).arrays
     layer = Layer(
-        norm1=jnp.asarray(source.vector(f"{name}.input_layernorm", width)),
-        qkv=fuse(attention, parts["q"], parts["k"], parts["v"]),
-        q_norm=jnp.asarray(norms["q"]) if config.head_norms else None,
-        k_norm=jnp.asarray(norms["k"]) if config.head_norms else None,
-        o=source.linear(f"{attention}.o_proj", width, q_width, config.o_bias),
-        norm2=jnp.asarray(source.vector(f"{name}.post_attention_layernorm", width)),
-        gate=source.linear(f"{mlp}.gate_proj", sizes.d_ff, width, config.mlp_bias),
-        up=source.linear(f"{mlp}.up_proj", sizes.d_ff, width, config.mlp_bias),
-        down=source.linear(f"{mlp}.down_proj", width, sizes.d_ff, config.mlp_bias),
+        norm1=place(source.vector(f"{name}.input_layernorm", width)),
+        qkv=place(fuse(attention, parts["q"], parts["k"], parts["v"])),
+        q_norm=place(norms.get("q")),
+        k_norm=place(norms.get("k")),
+        o=place(source.linear(f"{attention}.o_proj", width, q_width, config.o_bias)),
+        norm2=place(source.vector(f"{name}.post_attention_layernorm", width)),
+        gate=place(source.linear(f"{mlp}.gate_proj", sizes.d_ff, width, config.mlp_bias)),
+        up=place(source.linear(f"{mlp}.up_proj", sizes.d_ff, width, config.mlp_bias)),
+        down=place(source.linear(f"{mlp}.down_proj", width, sizes.d_ff, config.mlp_bias)),
     )
     return layer, cache

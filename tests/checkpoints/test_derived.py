@@ -314,6 +314,19 @@ def test_biases_that_config_announces(tmp_path):
     assert decoding.largest_error(decoding.at_once(model, IDS)[0], expected) < 1e-5
 
 
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_frequencies_that_old_files_hold(dtype, tmp_path):
+    copy = Copy("mistral_float")
+    frequencies = 1e4 ** -(np.arange(8) / 8)
+    for i in range(2):
+        name = f"model.layers.{i}.self_attn.rotary_emb.inv_freq"
+        copy.put(name, frequencies.astype(dtype))
+    assert_same(load(copy.write(tmp_path / "folder")), original("mistral_float"))
+    copy.put(name, (frequencies * 1.1).astype(dtype))
+    with pytest.raises(checkpoints.CheckpointError, match=rf"`{name}` must be the frequencies of"):
+        load(copy.write(tmp_path / "folder"))
+
+
 def test_progress(capsys):
     checkpoints.load(checkpoint_folder.FOLDERS / "llama3_float")
     assert "loading" in capsys.readouterr().err

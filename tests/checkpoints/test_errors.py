@@ -243,6 +243,16 @@ def test_modelopt(tmp_path):
     assert "calibrate" in error
 
 
+def test_scales_for_some_layers(tmp_path):
+    def change(copy):
+        del copy.description["kv_cache_type"], copy.description["kv_quant_type"]
+        for name in [name for name in copy.tensors if "layers.1." in name and "kv_cache" in name]:
+            copy.drop(name)
+
+    folder = changed("llama3_ascendv1_static", change, tmp_path)
+    assert "every layer must have scales for the cache, and layer 1 has none" in error_of(folder)
+
+
 def test_quantize(tmp_path):
     for name, kind in (("llama3_ascendv1_static", "AscendV1"),
                        ("llama3_compressed_tensors", "compressed-tensors")):  # fmt: skip

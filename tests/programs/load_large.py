@@ -22,7 +22,7 @@ import numpy as np
 
 SIZES = {  # hidden, MLP, layers, q heads, kv heads, vocabulary: Qwen2.5-1.5B's, and a small one
     "1.5B": (1536, 8960, 28, 12, 2, 151936),
-    "60M": (768, 3072, 4, 6, 2, 32000),
+    "60M": (768, 3072, 6, 6, 2, 16000),
 }
 HEAD_DIM, SHARDS, TOKENS = 128, 3, 4
 SAMPLES_PER_SECOND = 200
