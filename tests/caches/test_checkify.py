@@ -1,4 +1,4 @@
-"""jax.experimental.checkify reports lost tokens and saturated codes; without it nothing is there."""
+"""checkify reports lost tokens and saturated codes, and costs nothing where it is not used."""
 
 import jax
 import jax.numpy as jnp

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.internals import read_rope_parameters
 
 from jax_kvcache import rope_tables
-from jax_kvcache.rope_parameters import read_rope_parameters
 
 # NAME.config (JSON), NAME.inv_freq [r/2] float32 and NAME.attention_factor, from transformers 5.23.
 GOLDEN = dict(np.load(pathlib.Path(__file__).with_name("rope_hf.npz"), allow_pickle=False))

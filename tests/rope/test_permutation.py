@@ -4,8 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_kvcache import dequant_rope_quant_kvcache
-from jax_kvcache import permute_for_rope, rope_tables
+from jax_kvcache import dequant_rope_quant_kvcache, permute_for_rope, rope_tables
 
 D, Nq, Nkv, S, IN = 16, 4, 2, 5, 24
 POSITIONS = np.array([[3, 4, 5, 6, 2**20]], np.int32)

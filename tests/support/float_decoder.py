@@ -1,8 +1,7 @@
 """A decoder over float weights in float64 NumPy: what derived checkpoint folders must give."""
 
 import numpy as np
-
-from jax_kvcache.rope_parameters import read_rope_parameters
+from support.internals import read_rope_parameters
 
 
 def rms_norm(x, gain, eps):

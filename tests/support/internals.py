@@ -10,4 +10,5 @@ from jax_kvcache.ops.dequant_rope_quant_kvcache import api, primitive, reference
 from jax_kvcache.ops.dequant_rope_quant_kvcache.api import canonical_operands
 from jax_kvcache.ops.dequant_rope_quant_kvcache.checks import Call
 from jax_kvcache.ops.dequant_rope_quant_kvcache.reference import Operands, Results, WriteOptions
+from jax_kvcache.rope_parameters import read_rope_parameters
 from jax_kvcache.testing import build as standin_build
