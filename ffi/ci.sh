@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# The native libraries' own checks: format, lint, tests, sanitizers, and aarch64 under qemu. It builds in
-# a temporary directory. PYTHON is a Python whose jaxlib has the FFI headers.
+# The native libraries' own checks: format, lint, tests, sanitizers, aarch64 under qemu, and the CUDA
+# kernels, which run on the host in the tests and which nvcc compiles where there is one. It builds in a
+# temporary directory. PYTHON is a Python whose jaxlib has the FFI headers.
 set -euo pipefail
 cd "$(dirname "$0")"
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 calls=${FUZZ_CALLS:-2000}
-rooms=(core cpu ascend bench standin tests)
+rooms=(core cpu cuda ascend bench standin tests)
 operator=dequant_rope_quant_kvcache
 
 has() {
@@ -33,10 +34,12 @@ build() {  # build NAME CMAKE_ARGUMENTS...
 hash_of() { "$@" | sed -n 's/.*hash //p'; }
 
 if has clang-format "C++ format"; then
-  find "${rooms[@]}" -name '*.h' -o -name '*.cc' | xargs clang-format --dry-run --Werror
+  find "${rooms[@]}" -name '*.h' -o -name '*.cc' -o -name '*.cu' | xargs clang-format --dry-run --Werror
 fi
 
-build release
+# Two generations are enough to see nvcc's warnings; the wheel has them all.
+has nvcc "the CUDA kernels on nvcc" || true
+build release "-DCMAKE_CUDA_ARCHITECTURES=80-real;90-real"
 ctest --test-dir "$work/release" --output-on-failure --parallel 2
 expected=$(hash_of "$work/release/tests/${operator}_kernel_test")
 
@@ -54,6 +57,8 @@ build address -DSANITIZE=address
 "$work/address/tests/${operator}_kernel_test" 500
 "$work/address/tests/${operator}_plan_test"
 "$work/address/tests/${operator}_fuzz_test" "$calls"
+"$work/address/tests/${operator}_cuda_test" 300
+"$work/address/tests/decode_attention_cuda_test" 42
 
 build thread -DSANITIZE=thread
 if ! "$work/thread/tests/${operator}_threads_test" 4 2> "$work/tsan.log"; then

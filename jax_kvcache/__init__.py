@@ -1,4 +1,25 @@
-"""Fused dequantise, RoPE, int8-quantise and KV-cache write for LLM inference in JAX."""
+"""Fused dequantise, RoPE, int8-quantise and KV-cache write for LLM inference in JAX.
+
+The operators, functions of arrays, and what says which implementation of each would run:
+
+- `dequant_rope_quant_kvcache`, `explain`: the write
+- `decode_attention`, `explain_attention`, `merge_attention`: the read, and partial results of it
+
+The caches, pytrees of int8 codes and their scales:
+
+- `KVCache`: each sequence has rows of its own
+- `PagedKVCache`, `BlockAllocator`, `slots_from_block_table`: blocks of rows, and who has them
+
+What goes into a call:
+
+- `rope_tables`: cosines and sines; `permute_for_rope`: weights of models that pair neighbours
+- `interleave_qkv_for_tensor_parallel`, `deinterleave_qkv_for_tensor_parallel`: the order of the
+  projection's columns inside `jax.shard_map`; `local_slots`: a device's own rows there
+- `jax_kvcache.numerics` (a module to import): scales, and what they cost
+
+To export a program that calls an operator: `disabled_export_checks`. On the command line:
+`python -m jax_kvcache`.
+"""
 
 from jax_kvcache.caches import BlockAllocator as BlockAllocator
 from jax_kvcache.caches import BlockCopy as BlockCopy
@@ -29,3 +50,27 @@ from jax_kvcache.tensor_parallel import (
 )
 from jax_kvcache.tensor_parallel import local_slots as local_slots
 from jax_kvcache.version import __version__ as __version__
+
+__all__ = [
+    "BlockAllocator",
+    "BlockCopy",
+    "DequantRopeQuantKvcacheResult",
+    "Explanation",
+    "KVCache",
+    "OutOfBlocksError",
+    "PagedKVCache",
+    "RopePermutation",
+    "__version__",
+    "decode_attention",
+    "deinterleave_qkv_for_tensor_parallel",
+    "dequant_rope_quant_kvcache",
+    "disabled_export_checks",
+    "explain",
+    "explain_attention",
+    "interleave_qkv_for_tensor_parallel",
+    "local_slots",
+    "merge_attention",
+    "permute_for_rope",
+    "rope_tables",
+    "slots_from_block_table",
+]

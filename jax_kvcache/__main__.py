@@ -7,10 +7,11 @@ import os
 import sys
 from collections.abc import Sequence
 
-from jax_kvcache.cli import CommandError, bench, calibrate, demo, info
+from jax_kvcache.cli import CommandError, bench, calibrate, demo, explain, info
 from jax_kvcache.cli import eval as eval_command
+from jax_kvcache.version import __version__
 
-COMMANDS = (demo, eval_command, calibrate, bench, info)
+COMMANDS = (demo, eval_command, calibrate, explain, bench, info)
 INTERRUPTED, PIPE_CLOSED = 130, 141  # as a shell reports SIGINT and SIGPIPE
 
 
@@ -48,6 +49,7 @@ def _run(argv: Sequence[str] | None) -> int:
         prog="python -m jax_kvcache",
         description="An int8 KV cache for JAX, written by one operator.",
     )
+    parser.add_argument("--version", action="version", version=f"jax_kvcache {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND")
     for command in COMMANDS:
         command.add_parser(subparsers)

@@ -12,6 +12,7 @@ from jax._src import checkify, dispatch, xla_bridge
 from jax._src.interpreters import mlir
 from jax.extend.core import Primitive
 from jaxlib import xla_client
+from jaxlib.mlir.dialects import sdy
 
 # What a type says of manual mesh axes: since JAX 0.10 an object that has the varying axes among
 # others, before that the varying axes themselves.
@@ -28,6 +29,14 @@ def shaped_array(shape: Sequence[Any], dtype: Any, sharding: Any, varying_as: An
     """A type with a sharding, which varies over the manual mesh axes as another type does."""
     manual = {_MANUAL_AXES: getattr(varying_as, _MANUAL_AXES)}
     return core.ShapedArray(shape, dtype, sharding=sharding, **manual)
+
+
+def nests_manual_axes() -> bool:
+    """Whether a shard_map over some mesh axes may be inside one over others, axis indices and all.
+
+    Before JAX 0.10 the program that it makes is refused.
+    """
+    return jax.__version_info__ >= (0, 10)
 
 
 def enable_donation(platforms) -> None:
@@ -97,6 +106,28 @@ def requires_devices_during_lowering(primitive: Primitive) -> None:
 def num_automatic_devices(ctx) -> int:
     """How many devices XLA's partitioner spreads the program that is being lowered over."""
     return getattr(ctx.module_context.axis_context, "num_devices", 1)
+
+
+_keep_sharding_p = Primitive("keep_sharding")
+_keep_sharding_p.def_abstract_eval(lambda value: value)
+
+
+def _lower_keep_sharding(ctx, value):
+    if not jax.config.jax_use_shardy_partitioner:
+        return [value]
+    return [sdy.PropagationBarrierOp(value, sdy.PropagationDirection.FORWARD).result]
+
+
+mlir.register_lowering(_keep_sharding_p, _lower_keep_sharding)
+
+
+def keep_sharding_of(value: jax.Array) -> jax.Array:
+    """The value, with a sharding that what comes after it cannot change.
+
+    Shardy propagates shardings in both directions, and JAX has no name for its barrier, which lets
+    them through in one.
+    """
+    return _keep_sharding_p.bind(value)
 
 
 def is_export(ctx) -> bool:

@@ -1,8 +1,11 @@
 """Fails when a new JAX moves one of the private things that jax_kvcache/_compat.py takes."""
 
 import inspect
+import re
+from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 from support.internals import ascend, compat, primitive
 
@@ -59,6 +62,42 @@ def test_lowering_context():
     function.lower(1.0)
     jax.export.export(function)(1.0)
     assert seen == [(1, False), (1, True)]
+
+
+def test_types_say_what_varies():
+    mesh = jax.make_mesh((2,), ("dp",), (jax.sharding.AxisType.Auto,))
+    seen = []
+
+    def one(x):
+        aval = jax.typeof(x)
+        seen.append(compat.varying_axes(aval))
+        made = compat.shaped_array((3,), "int8", jax.typeof(jnp.zeros(3)).sharding, aval)
+        seen.append((made.shape, made.dtype.name, compat.varying_axes(made)))
+        return x
+
+    spec = jax.sharding.PartitionSpec("dp")
+    jax.eval_shape(jax.shard_map(one, mesh=mesh, in_specs=spec, out_specs=spec), jnp.zeros(2))
+    assert seen == [{"dp"}, ((3,), "int8", {"dp"})]
+    assert compat.varying_axes(jax.typeof(jnp.zeros(2))) == frozenset()
+
+
+def test_only_compat_knows_what_types_call_their_manual_axes():
+    """JAX 0.9 and 0.10 call it by different names."""
+    package = Path(compat.__file__).parent
+    others = [path for path in package.rglob("*.py") if path.name != "_compat.py"]
+    assert not [path for path in others if re.search(r"manual_axis_type|\.vma\b", path.read_text())]
+
+
+def test_nested_manual_axes():
+    assert compat.nests_manual_axes() == (jax.__version_info__ >= (0, 10))
+
+
+def test_targets_queue_until_a_plugin_takes_them():
+    assert compat.queued_ffi_targets("a platform") == set()
+    jax.ffi.register_ffi_target("another target", object(), platform="a platform")
+    assert compat.queued_ffi_targets("a platform") == {"another target"}
+    compat.register_custom_call_handler("a platform", lambda *args: None)
+    assert compat.queued_ffi_targets("a platform") == set()
 
 
 def test_without_the_donation_shim(monkeypatch):

@@ -26,6 +26,7 @@ LAYERS = [
     "export",
     "ops.implementation",
     "mesh",
+    "modes",
     "ops.operator",
     "ops.dequant_rope_quant_kvcache",
     "caches",
@@ -175,11 +176,14 @@ def test_a_module_has_a_docstring_and_fits_on_few_pages(module):
 
 
 def skipped_lines(tree):
-    """The numbers of lines that belong to docstrings and imports."""
+    """The numbers of lines that belong to docstrings, imports and overloads of a signature."""
     numbers = set()
     for node in ast.walk(tree):
         constant = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-        if isinstance(node, ast.Import | ast.ImportFrom) or constant:
+        overload = isinstance(node, ast.FunctionDef) and any(
+            isinstance(name, ast.Name) and name.id == "overload" for name in node.decorator_list
+        )
+        if isinstance(node, ast.Import | ast.ImportFrom) or constant or overload:
             numbers.update(range(node.lineno, node.end_lineno + 1))
     return numbers
 

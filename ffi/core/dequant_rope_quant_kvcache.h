@@ -81,14 +81,16 @@ struct Shape {
   // For operands with dimensions *g': the mask that Groups::ParameterBlock reads.
   uint32_t group_mask[kNumArgs] = {};
 
-  int64_t all_tokens() const { return groups.count * tokens; }          // G * T
-  int64_t num_heads() const { return num_q_heads + 2 * num_kv_heads; }  // Nq + 2*Nkv
-  int64_t fused_width() const { return num_heads() * head_dim; }        // H
-  int64_t row_size() const { return num_kv_heads * head_dim; }          // Nkv * D, a cache row
-  bool x_is_accumulator() const { return x_dtype == DType::kS32; }      // of an int8 matrix product
+  constexpr int64_t all_tokens() const { return groups.count * tokens; }          // G * T
+  constexpr int64_t num_heads() const { return num_q_heads + 2 * num_kv_heads; }  // Nq + 2*Nkv
+  constexpr int64_t fused_width() const { return num_heads() * head_dim; }        // H
+  constexpr int64_t row_size() const { return num_kv_heads * head_dim; }  // Nkv * D, a cache row
+  constexpr bool x_is_accumulator() const {
+    return x_dtype == DType::kS32;
+  }  // of an int8 matrix product
 
   // Which of its blocks ([Nkv, D] or [H]) operand `arg` gives to `group` in [0, G).
-  int64_t ParameterBlock(Arg arg, int64_t group) const {
+  constexpr int64_t ParameterBlock(Arg arg, int64_t group) const {
     return groups.ParameterBlock(group_mask[arg], group);
   }
 

@@ -74,9 +74,9 @@ bool Ledger::IsAlive(const char* kind, const void* object) {
   return alive_[kind].count(object) == 1;
 }
 
-void Ledger::Count(const std::string& name) {
+void Ledger::Count(const std::string& name, uint64_t number) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  ++counts_[name];
+  counts_[name] += number;
 }
 
 void Ledger::Fault(const std::string& what) {

@@ -29,7 +29,7 @@ class Ledger {
   bool Destroyed(const char* kind, const void* object);
   bool IsAlive(const char* kind, const void* object);
 
-  void Count(const std::string& name);
+  void Count(const std::string& name, uint64_t number = 1);
   // Records something that no correct caller does. Tests expect none.
   void Fault(const std::string& what);
   void SetDescriptors(std::string json);

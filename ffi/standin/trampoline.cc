@@ -2,6 +2,7 @@
 #include "trampoline.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
@@ -31,7 +32,27 @@ XLA_FFI_Error* MakeError(XLA_FFI_Error_Code code, const std::string& message) {
   return runtime->XLA_FFI_Error_Create(&args);
 }
 
+uint64_t Now() {
+  const auto now = std::chrono::steady_clock::now().time_since_epoch();
+  return static_cast<uint64_t>(std::chrono::nanoseconds(now).count());
+}
+
+// Of the handler that runs on this thread: time in the runtime's functions.
+thread_local uint64_t nanoseconds_in_runtime = 0;
+
+class InRuntime {
+ public:
+  InRuntime() : start_(Now()) {}
+  ~InRuntime() { nanoseconds_in_runtime += Now() - start_; }
+  InRuntime(const InRuntime&) = delete;
+  InRuntime& operator=(const InRuntime&) = delete;
+
+ private:
+  const uint64_t start_;
+};
+
 XLA_FFI_Error* GetStream(XLA_FFI_Stream_Get_Args* args) {
+  const InRuntime in_runtime;
   XLA_FFI_DeviceOrdinal_Get_Args ordinal = {};
   ordinal.struct_size = XLA_FFI_DeviceOrdinal_Get_Args_STRUCT_SIZE;
   ordinal.ctx = args->ctx;
@@ -42,6 +63,7 @@ XLA_FFI_Error* GetStream(XLA_FFI_Stream_Get_Args* args) {
 
 // XLA's runtime makes this check first, with this text.
 XLA_FFI_Error* AllocateMemory(XLA_FFI_DeviceMemory_Allocate_Args* args) {
+  const InRuntime in_runtime;
   const bool power_of_two = args->alignment != 0 && (args->alignment & (args->alignment - 1)) == 0;
   if (!power_of_two || args->alignment > kScratchAlignment) {
     return MakeError(XLA_FFI_Error_Code_INVALID_ARGUMENT,
@@ -53,6 +75,7 @@ XLA_FFI_Error* AllocateMemory(XLA_FFI_DeviceMemory_Allocate_Args* args) {
 }
 
 XLA_FFI_Error* FreeMemory(XLA_FFI_DeviceMemory_Free_Args* args) {
+  const InRuntime in_runtime;
   FreeScratch(args->data);
   return nullptr;
 }
@@ -150,7 +173,10 @@ XLA_FFI_Error* Dispatch(XLA_FFI_Handler* handler, XLA_FFI_CallFrame* frame) {
   XLA_FFI_CallFrame copy = *frame;
   copy.api = offered;
   const DeviceBuffers buffers(&copy);
+  nanoseconds_in_runtime = 0;
+  const uint64_t start = Now();
   XLA_FFI_Error* const error = handler(&copy);
+  Ledger::Get().Count("handler nanoseconds", Now() - start - nanoseconds_in_runtime);
   call.Finish();
   return error;
 }

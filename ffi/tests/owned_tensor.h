@@ -26,6 +26,7 @@ class OwnedTensor {
 
   size_t Count() const { return bytes_.size() / static_cast<size_t>(ItemSize(dtype_)); }
   DType dtype() const { return dtype_; }
+  const std::vector<int64_t>& dims() const { return dims_; }
   std::vector<uint8_t>& bytes() { return bytes_; }
 
   template <typename T>

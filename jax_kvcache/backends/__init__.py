@@ -8,8 +8,9 @@ from jax_kvcache.backends.ascend import ASCEND
 from jax_kvcache.backends.backend import Backend as Backend
 from jax_kvcache.backends.backend import Target as Target
 from jax_kvcache.backends.cpu import CPU
+from jax_kvcache.backends.cuda import CUDA
 
-BACKENDS: tuple[Backend, ...] = (CPU, ASCEND)
+BACKENDS: tuple[Backend, ...] = (CPU, CUDA, ASCEND)
 
 # The platforms that have a rule of their own when an operator is lowered.
 PLATFORMS: tuple[str, ...] = tuple(name for backend in BACKENDS for name in backend.lowered_as)

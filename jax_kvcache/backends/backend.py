@@ -18,6 +18,11 @@ def _as_they_are(operands: Any) -> Any:
     return operands
 
 
+def _no_scratch(operands: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
+    del operands
+    return ()
+
+
 @dataclasses.dataclass(frozen=True)
 class Target:
     """One operator's native target on one backend.
@@ -28,12 +33,14 @@ class Target:
       prepare: the operands as the target takes them.
       prefers_reference: why `implementation=None` does not take it for a call that it could take,
         or None: the reference is faster, or the target has never run on its hardware.
+      scratch: the arrays that it takes as further results, for its own use.
     """
 
     symbol: str
     refusal: Callable[[Any], str | None] = _takes_everything
     prepare: Callable[[Any], Any] = _as_they_are
     prefers_reference: Callable[[Any], str | None] = _takes_everything
+    scratch: Callable[[Any], tuple[jax.ShapeDtypeStruct, ...]] = _no_scratch
 
 
 def register_with_jax(backend: "Backend") -> None:

@@ -1,7 +1,7 @@
 """What both KV caches share: their fields, and one way into the operator for one layer or many."""
 
 import dataclasses
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, overload
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from jax_kvcache.ops.indexing import take_one
 from jax_kvcache.ops.slots import axes_named
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class CacheBase:
     """What both caches hold; see `KVCache` and `PagedKVCache` for the shapes."""
 
@@ -27,6 +27,19 @@ class CacheBase:
     offset_v: jax.Array | None
     layers: int | None = dataclasses.field(metadata={"static": True})
     num_q_heads: int | None = dataclasses.field(default=None, metadata={"static": True})
+
+    def __repr__(self) -> str:
+        """The shapes, dtypes and bytes in one line; codes and scales are left out."""
+
+        def text(name: str) -> str:
+            field = getattr(self, name)
+            shaped = hasattr(field, "shape") and hasattr(field, "dtype")
+            return f"{name}={field.dtype.name}{list(field.shape)}" if shaped else f"{name}={field}"
+
+        parts = [text(field.name) for field in dataclasses.fields(self)]
+        if all(hasattr(leaf, "size") for leaf in jax.tree.leaves(self)):
+            parts.append(f"nbytes={self.nbytes:_}")
+        return f"{type(self).__name__}({', '.join(parts)})"
 
     @property
     def nbytes(self) -> int:
@@ -63,6 +76,7 @@ class CacheBase:
             restore(self.v_cache, self.scale_v, self.offset_v),
         )
 
+    @overload
     def update(
         self,
         x: Columns,
@@ -77,8 +91,46 @@ class CacheBase:
         layer: ArrayLike | None = None,
         axis_name: str | tuple[str, ...] | None = None,
         qkv_shards: int | None = None,
+        kv_output: Literal[False] = False,
         implementation: Implementation = None,
-    ) -> tuple[jax.Array, Self]:
+    ) -> tuple[jax.Array, Self]: ...
+
+    @overload
+    def update(
+        self,
+        x: Columns,
+        cos: jax.Array,
+        sin: jax.Array,
+        positions: ArrayLike,
+        *,
+        weight_scale: Columns | None = None,
+        activation_scale: jax.Array | None = None,
+        bias: Columns | None = None,
+        block_table: ArrayLike | None = None,
+        layer: ArrayLike | None = None,
+        axis_name: str | tuple[str, ...] | None = None,
+        qkv_shards: int | None = None,
+        kv_output: Literal[True],
+        implementation: Implementation = None,
+    ) -> tuple[jax.Array, jax.Array, jax.Array, Self]: ...
+
+    def update(
+        self,
+        x: Columns,
+        cos: jax.Array,
+        sin: jax.Array,
+        positions: ArrayLike,
+        *,
+        weight_scale: Columns | None = None,
+        activation_scale: jax.Array | None = None,
+        bias: Columns | None = None,
+        block_table: ArrayLike | None = None,
+        layer: ArrayLike | None = None,
+        axis_name: str | tuple[str, ...] | None = None,
+        qkv_shards: int | None = None,
+        kv_output: bool = False,
+        implementation: Implementation = None,
+    ) -> tuple[jax.Array, Self] | tuple[jax.Array, jax.Array, jax.Array, Self]:
         """Writes S tokens of each sequence; see `dequant_rope_quant_kvcache` for the arithmetic.
 
         Args:
@@ -101,10 +153,13 @@ class CacheBase:
             those of the whole cache; each device writes the tokens whose rows it has.
           qkv_shards: the `shards` that the columns of x were interleaved for, inside
             `jax.shard_map`; see `dequant_rope_quant_kvcache`.
+          kv_output: whether k and v come back too: to attend over a prompt's own, or to calibrate
+            the cache's scales, see `jax_kvcache.numerics`.
           implementation: None, "ffi" or "xla".
 
         Returns:
-          q [B, S, Nq, D] in the dtype of cos, and the cache.
+          q [B, S, Nq, D] in the dtype of cos, and the cache; with `kv_output` q, k, v and the
+          cache, k after RoPE and v [B, S, Nkv, D], both before they are quantised.
 
         Raises:
           TypeError: a wrong dtype or rank, or an argument that does not go with this cache.
@@ -135,6 +190,7 @@ class CacheBase:
             weight_scale=weight_scale,
             activation_scale=activation_scale,
             bias=bias,
+            kv_output=kv_output,
             cache_mode=cache_mode,
             implementation=implementation,
             layer=at,
@@ -148,7 +204,10 @@ class CacheBase:
                 "Apply them to `x` first, or leave them out."
             )
         out = run(call)
-        return out.q, dataclasses.replace(self, k_cache=out.k_cache, v_cache=out.v_cache)
+        cache = dataclasses.replace(self, k_cache=out.k_cache, v_cache=out.v_cache)
+        if out.k is None or out.v is None:
+            return out.q, cache
+        return out.q, out.k, out.v, cache
 
     def _indices(
         self, x: jax.Array, positions: ArrayLike, block_table: ArrayLike | None

@@ -16,7 +16,7 @@ from jax_kvcache.ops.slots import rows_below
 
 @register_dataclass_serialization
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class KVCache(CacheBase):
     """A contiguous int8 KV cache: each sequence has C2 rows of its own.
 

@@ -25,7 +25,7 @@ from jax_kvcache.ops.slots import (
 
 @register_dataclass_serialization
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class PagedKVCache(CacheBase):
     """A paged int8 KV cache: blocks of rows, given to sequences by a block table.
 

@@ -2,10 +2,6 @@
 
 import argparse
 import json
-import resource
-import statistics
-import time
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +9,15 @@ from tqdm import tqdm
 
 from jax_kvcache import backends
 from jax_kvcache.backends import library
-from jax_kvcache.cli import CommandError, bench_steps
+from jax_kvcache.cli import CommandError, bench_ascend, bench_attention, bench_gpu, bench_steps
 from jax_kvcache.cli import bench_cases as cases
+from jax_kvcache.cli.bench_attention import ATTENTION_CASES, AttentionCase
+from jax_kvcache.cli.bench_table import table
+from jax_kvcache.cli.bench_timing import Contestant, Rounds
 from jax_kvcache.cli.output import figure_file
 from jax_kvcache.ops.dequant_rope_quant_kvcache.primitive import NAME
 
 ROTATED_BYTES = 256 << 20  # several last-level caches: buffers this far apart come from memory
-ROUND_SECONDS = 0.01  # one contestant's share of a round; long enough for the clock
 CACHE_FACTOR = 16
 PLOTTED = ("ffi", "xla", "obvious", "empty", "memcpy")
 
@@ -36,66 +34,30 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "that does nothing, the cost of any call. memcpy: the same call, copying N bytes on as "
         "many threads as the kernel uses, N being what the operator reads and writes together; "
         "half_memcpy: copies N/2, so that it reads and writes N together. ffi_16x: the kernel with "
-        "a cache 16 times larger. net: less the empty call.",
+        "a cache 16 times larger. net: less the empty call. On an NVIDIA GPU instead: both "
+        "operators, native and by XLA, the native kernels' own time, and cuDNN's attention over a "
+        "bfloat16 cache.",
     )
     parser.add_argument(
         "--shape",
         nargs="+",
         metavar="NAME",
-        choices=list(cases.CASES),
-        help=f"some of {', '.join(cases.CASES)} (default: all)",
+        choices=[*cases.CASES, *ATTENTION_CASES],
+        help=f"some of {', '.join([*cases.CASES, *ATTENTION_CASES])} (default: all)",
     )
     parser.add_argument("--rounds", type=int, default=15, help="repeats (default: 15)")
     parser.add_argument(
         "--rotate", action="store_true", help="inputs from main memory, not from the CPU's caches"
     )
+    parser.add_argument(
+        "--ascend-host",
+        action="store_true",
+        help="instead: microseconds per call that the Ascend handler costs the host, on the "
+        "stand-in device, with a CANN that does nothing",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--plot", metavar="FILE", help="write a bar chart")
     parser.set_defaults(run=run)
-
-
-class Contestant:
-    """One thing that is timed: a step, the state it donates to itself, and its inputs in turn."""
-
-    def __init__(self, step: Callable, state, inputs: list):
-        """Compiles and warms up, and finds how many calls fill `ROUND_SECONDS`."""
-        self.step, self.state, self.inputs, self.turn = step, state, inputs, 0
-        self.seconds: list[float] = []
-        self.faults: list[float] = []
-        self.calls = 1
-        for _ in range(2 + len(inputs)):
-            self._call()
-        start = time.perf_counter()
-        self._call()
-        self.calls = max(1, min(500, int(ROUND_SECONDS / (time.perf_counter() - start))))
-
-    def _call(self):
-        inputs = self.inputs[self.turn % len(self.inputs)]
-        self.turn += 1
-        outputs, self.state = self.step(self.state, inputs)
-        jax.block_until_ready((outputs, self.state))
-
-    def round(self):
-        """Times a few calls, after one that finds the caches as it leaves them."""
-        self._call()
-        faults = _page_faults()
-        start = time.perf_counter()
-        for _ in range(self.calls):
-            self._call()
-        self.seconds.append((time.perf_counter() - start) / self.calls)
-        self.faults.append((_page_faults() - faults) / self.calls)
-
-    def median(self) -> float:
-        """Microseconds per call."""
-        return 1e6 * statistics.median(self.seconds)
-
-    def page_faults(self) -> float:
-        """Pages per call that the system had to find: results in memory fresh from malloc."""
-        return statistics.median(self.faults)
-
-
-def _page_faults() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def _contestants(case: cases.Case, rotate: bool) -> dict[str, Contestant]:
@@ -133,19 +95,8 @@ def measure(case: cases.Case, rounds: int, rotate: bool = False, progress=None) 
       Microseconds per contestant, bytes, GB/s, page faults per call of the kernel, and the ratios.
     """
     found = _contestants(case, rotate)
-    order = list(found.values())
-    for _ in range(rounds):
-        for contestant in order:
-            contestant.round()
-        order.reverse()  # nobody always comes after the one that copies hundreds of megabytes
-        if progress:
-            progress()
-    times = [{name: c.seconds[i] for name, c in found.items()} for i in range(rounds)]
-
-    def ratio(of: Callable[[dict[str, float]], float]) -> float:
-        """The median over rounds: what is compared ran within the same fraction of a second."""
-        return statistics.median(map(of, times))
-
+    times = Rounds(found, rounds, progress)
+    ratio = times.ratio
     ratios = {
         "ffi/xla": ratio(lambda t: t["ffi"] / t["xla"]),
         "ffi_16x/ffi": ratio(lambda t: t["ffi_16x"] / t["ffi"]),
@@ -162,7 +113,7 @@ def measure(case: cases.Case, rounds: int, rotate: bool = False, progress=None) 
             **ratios,
             "obvious/ffi": ratio(lambda t: t["obvious"] / t["ffi"]),
         }
-    us = {name: contestant.median() for name, contestant in found.items()}
+    us = times.microseconds
     return {
         "microseconds": us,
         "bytes": case.bytes_moved,
@@ -173,45 +124,59 @@ def measure(case: cases.Case, rounds: int, rotate: bool = False, progress=None) 
     }
 
 
+def measure_attention(case: AttentionCase, rounds: int, progress=None) -> dict:
+    """Times every contestant on one shape of attention; see `measure`."""
+    found = {
+        name: Contestant(step, state, inputs)
+        for name, (step, state, inputs) in bench_attention.contestants(case).items()
+    }
+    times = Rounds(found, rounds, progress)
+    pairs = [("ffi", n) for n in ("read", "xla", "bfloat16", "float32")]
+    pairs += [("step ffi", n) for n in found if n.startswith("step ") and n != "step ffi"]
+    us = times.microseconds
+    return {
+        "microseconds": us,
+        "bytes": case.codes,
+        "gigabytes_per_second": case.codes / us["ffi"] / 1e3,
+        "ratios": {f"{a}/{b.removeprefix('step ')}": times.of(a, b) for a, b in pairs},
+    }
+
+
 def run(arguments: argparse.Namespace) -> None:
     """Measures and prints."""
     if arguments.rounds < 1:
         raise CommandError(f"`--rounds` must be at least 1, got {arguments.rounds}.")
+    if arguments.ascend_host:
+        print(json.dumps({"ascend_host": bench_ascend.measure(arguments.rounds)}, indent=2))
+        return
+    if jax.default_backend() == "gpu":
+        bench_gpu.report(arguments.rounds, arguments.json)
+        return
     if reason := backends.unavailable("cpu", NAME):
         raise CommandError(f"nothing to measure: {reason}.")
     if jax.default_backend() != "cpu":
-        raise CommandError("the benchmark is of the CPU kernel: set JAX_PLATFORMS=cpu.")
+        raise CommandError("the benchmark is of CPUs and NVIDIA GPUs: set JAX_PLATFORMS=cpu.")
     bench_steps.register_comparisons()
     with figure_file(arguments.plot) as pyplot:
         report = _measure_all(arguments)
         if pyplot is not None:
             _plot(pyplot, report["shapes"])
-    print(json.dumps(report, indent=2) if arguments.json else _table(report))
+    print(json.dumps(report, indent=2) if arguments.json else table(report))
 
 
 def _measure_all(arguments: argparse.Namespace) -> dict:
-    names = arguments.shape or list(cases.CASES)
-    results = {}
+    names = arguments.shape or [*cases.CASES, *ATTENTION_CASES]
+    results: dict[str, dict] = {}
     with tqdm(total=len(names) * arguments.rounds, unit="round", leave=False) as bar:
         for name in names:
             bar.set_description(name)
-            results[name] = measure(
-                cases.CASES[name], arguments.rounds, arguments.rotate, lambda: bar.update()
-            )
+            if name in ATTENTION_CASES:
+                case = ATTENTION_CASES[name]
+                results[name] = measure_attention(case, arguments.rounds, bar.update)
+            else:
+                write = cases.CASES[name]
+                results[name] = measure(write, arguments.rounds, arguments.rotate, bar.update)
     return {"simd": library.simd(), "rotate": arguments.rotate, "shapes": results}
-
-
-def _table(report: dict) -> str:
-    """The report as text: a line of times and a line of ratios per shape."""
-    lines = [f"microseconds per call (median); {report['simd']}"]
-    for name, result in report["shapes"].items():
-        lines.append(
-            f"\n{name}: {result['bytes'] / 1e6:.2f} MB on {result['threads']} threads, "
-            f"{result['gigabytes_per_second']:.1f} GB/s, {result['page_faults']:.0f} page faults"
-        )
-        lines.append("  " + "  ".join(f"{k} {v:.1f}" for k, v in result["microseconds"].items()))
-        lines.append("  " + "  ".join(f"{k} {v:.2f}" for k, v in result["ratios"].items()))
-    return "\n".join(lines)
 
 
 def _plot(pyplot, results: dict[str, dict]) -> None:

@@ -21,12 +21,13 @@ from jax_kvcache.ops.operands import aliases, flattened
 
 EMPTY = "dequant_rope_quant_kvcache_empty"
 MEMCPY = "jax_kvcache_memcpy"
+READ = "jax_kvcache_read"
 
 
 def register_comparisons() -> None:
     """Registers the custom calls that the operator is compared with, from their own library."""
     handlers = ctypes.CDLL(str(library.path(library.BENCH_NAME)))
-    for name in (EMPTY, MEMCPY):
+    for name in (EMPTY, MEMCPY, READ):
         handler = jax.ffi.pycapsule(getattr(handlers, name))
         jax.ffi.register_ffi_target(name, handler, platform="cpu")
 

@@ -55,12 +55,18 @@ def run(arguments: argparse.Namespace) -> None:
     """Observes, calibrates, measures, writes."""
     if arguments.method is None:
         arguments.method = "minmax" if arguments.asymmetric else "absmax"
+    elif arguments.asymmetric and arguments.method == "absmax":
+        raise CommandError(
+            "`--asymmetric` needs `--method minmax`, `percentile` or `mse`, got `--method absmax`."
+        )
     if arguments.percentile is None:
         arguments.percentile = 99.99
     elif arguments.method != "percentile":
         raise CommandError(
             f"`--percentile` goes with `--method percentile`, got `--method {arguments.method}`."
         )
+    if not 0 < arguments.percentile <= 100:
+        raise CommandError(f"`--percentile` must be in (0, 100], got {arguments.percentile:g}.")
     texts = [read_file(path) for path in arguments.files]
     with output_file(arguments.out) as out, figure_file(arguments.plot) as pyplot:
         ranges, calibrations, errors = _calibrate(arguments, texts)
@@ -83,15 +89,11 @@ def _calibrate(arguments, texts):
 
     kind = numerics.MinMax if arguments.method in ("absmax", "minmax") else numerics.Sketch
     observers = {name: kind.create(channels) for name in "kv"}
-    try:
-        how = dict(
-            method=arguments.method,
-            symmetric=not arguments.asymmetric,
-            percentile=arguments.percentile,
-        )
-        numerics.calibrate(observers, **how)  # a wrong choice shows before the work starts
-    except ValueError as error:
-        raise CommandError(str(error)) from error
+    how = dict(
+        method=arguments.method,
+        symmetric=not arguments.asymmetric,
+        percentile=arguments.percentile,
+    )
     for tokens, targets in batches("observe"):
         observers = observed.observe_windows(model, observers, tokens, targets)
         jax.block_until_ready(observers)  # so that the bar shows work done

@@ -11,7 +11,7 @@ from jax_kvcache.backends import BACKENDS, find, library
 from jax_kvcache.version import __version__
 
 OPERATORS = ("dequant_rope_quant_kvcache", "decode_attention")
-_OTHER_PLATFORMS = ("gpu", "tpu")  # JAX has them, and the reference runs there
+_OTHER_PLATFORMS = ("tpu",)  # JAX has them, and the reference runs there
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:

@@ -39,7 +39,7 @@ def forward(
       positions: [B] int32, the position of the first of the S tokens.
       table_dtype: dtype of the RoPE tables, and so of q and of a float x; None is float32, and
         bfloat16 where JAX's default device is an Ascend NPU, whose operator takes no float32.
-      implementation: the operator's.
+      implementation: of the write; "xla" is that of attention too.
 
     Returns:
       logits [B, S, vocab] float32 of the token after each, and the cache.
@@ -68,7 +68,7 @@ def forward(
                 layer=index,
                 implementation=implementation,
             )
-            attended = _attend(q, cache, positions, index, window)
+            attended = _attend(q, cache, positions, index, window, implementation)
         x = _finish_layer(config, layer, x, attended)
     return _logits(model, x), cache
 
@@ -79,14 +79,24 @@ def cache_rows(cache: KVCache | FloatCache) -> int:
 
 
 def _attend(
-    q: jax.Array, cache: KVCache, positions: jax.Array, layer: int, window: int | None
+    q: jax.Array,
+    cache: KVCache,
+    positions: jax.Array,
+    layer: int,
+    window: int | None,
+    implementation: Implementation,
 ) -> jax.Array:
     """Attention of the S tokens from `positions` on, over one layer of the int8 cache."""
-    if window is None:
-        lengths = positions + q.shape[1]
-        return decode_attention(q.astype(jnp.float32), cache, lengths, layer=layer)
-    k, v = cache.dequantize()
-    return attention(q, k[layer], v[layer], positions, window)
+    steps = jnp.arange(q.shape[1], dtype=jnp.int32)[None, :]
+    return decode_attention(
+        q.astype(jnp.float32),
+        cache,
+        positions=jnp.where(positions[:, None] < 0, -1, positions[:, None] + steps),
+        layer=layer,
+        window=window,
+        # "ffi" is a demand on the write: not every device that has the write has this one.
+        implementation="xla" if implementation == "xla" else None,
+    )
 
 
 class FloatForward(NamedTuple):
@@ -160,7 +170,8 @@ def _embed(model: Model, tokens: jax.Array) -> jax.Array:
 
 
 def _rms_norm(x: jax.Array, gain: jax.Array, eps: float) -> jax.Array:
-    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps) * gain
+    normed = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+    return normed * jnp.expand_dims(gain, range(x.ndim - 1))
 
 
 def passes_floats(layer: Layer) -> bool:

@@ -1,10 +1,12 @@
 """From observers to the operator's scales and offsets, and the quantiser that uses them."""
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, TypeVar, get_args, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 from jax import lax
 
 from jax_kvcache.export import register_namedtuple_serialization
@@ -12,7 +14,9 @@ from jax_kvcache.numerics.observers import MinMax, Sketch, check_channels
 from jax_kvcache.ops.checks import check_choice, check_shape
 from jax_kvcache.ops.dequant_rope_quant_kvcache.reference import quantize_int8
 
-METHODS = ("absmax", "minmax", "percentile", "mse")
+Method = Literal["absmax", "minmax", "percentile", "mse"]
+Key = TypeVar("Key")
+METHODS: tuple[Method, ...] = get_args(Method)
 
 # With scale >= max|value| * 2**-15, |value / scale + offset| stays below 2**16, where float32
 # still resolves 1/128 of a code.
@@ -46,7 +50,9 @@ class FakeQuantized(NamedTuple):
     values: jax.Array
 
 
-def fake_quantize(values, scale, offset=None) -> FakeQuantized:
+def fake_quantize(
+    values: jax.Array, scale: jax.Array, offset: jax.Array | None = None
+) -> FakeQuantized:
     """Quantises and dequantises: codes as the operator's to the bit, and (code - offset) * scale.
 
     Args:
@@ -68,10 +74,19 @@ def fake_quantize(values, scale, offset=None) -> FakeQuantized:
     flat_offset = None if offset is None else offset.reshape(1, -1)
     codes = quantize_int8(rows, flat_scale, flat_offset).reshape(values.shape)
     steps = codes.astype(jnp.float32)
-    return FakeQuantized(codes, (steps if offset is None else steps - offset) * scale)
+    ones = (1,) * (values.ndim - scale.ndim)
+    if offset is not None:
+        steps = steps - offset.reshape(*ones, *offset.shape)
+    return FakeQuantized(codes, steps * scale.reshape(*ones, *scale.shape))
 
 
-def scale_and_offset(low, high, *, symmetric=True, codes=(-128, 127)) -> Calibration:
+def scale_and_offset(
+    low: jax.Array,
+    high: jax.Array,
+    *,
+    symmetric: bool = True,
+    codes: tuple[int, int] = (-128, 127),
+) -> Calibration:
     """Parameters that cover [low, high].
 
     Symmetric: scale = max(|low|, |high|) / codes[1]. Asymmetric: `low` gets the first code and
@@ -100,9 +115,36 @@ def scale_and_offset(low, high, *, symmetric=True, codes=(-128, 127)) -> Calibra
     return Calibration(scale, offset)
 
 
+@overload
 def calibrate(
-    observer, *, method="absmax", symmetric=True, percentile=99.99, ratios=None
-) -> Calibration:
+    observer: MinMax | Sketch,
+    *,
+    method: Method = ...,
+    symmetric: bool = ...,
+    percentile: float = ...,
+    ratios: npt.ArrayLike | None = ...,
+) -> Calibration: ...
+
+
+@overload
+def calibrate(
+    observer: Mapping[Key, MinMax | Sketch],
+    *,
+    method: Method = ...,
+    symmetric: bool = ...,
+    percentile: float = ...,
+    ratios: npt.ArrayLike | None = ...,
+) -> dict[Key, Calibration]: ...
+
+
+def calibrate(
+    observer: Any,
+    *,
+    method: Method = "absmax",
+    symmetric: bool = True,
+    percentile: float = 99.99,
+    ratios: npt.ArrayLike | None = None,
+) -> Any:
     """Scale and offset of each channel from what an observer has seen.
 
     Args:
@@ -127,14 +169,16 @@ def calibrate(
     """
     check_choice("method", method, METHODS)
     if method == "absmax" and not symmetric:
-        raise ValueError('`method="absmax"` is symmetric: use "minmax" with `symmetric=False`.')
+        raise ValueError(
+            '`symmetric=False` needs a method with an offset: "minmax", "percentile" or "mse".'
+        )
     if not 0 < percentile <= 100:
         raise ValueError(f"`percentile` must be in (0, 100], got {percentile}.")
-    ratios = np.linspace(0.2, 1.0, 81) if ratios is None else np.asarray(ratios)
-    if ratios.ndim != 1 or not ratios.size or not ((ratios > 0) & (ratios <= 1)).all():
-        raise ValueError(f"`ratios` must be a list of numbers in (0, 1], got {ratios.tolist()}.")
+    tried = np.linspace(0.2, 1.0, 81) if ratios is None else np.asarray(ratios)
+    if tried.ndim != 1 or not tried.size or not ((tried > 0) & (tried <= 1)).all():
+        raise ValueError(f"`ratios` must be a list of numbers in (0, 1], got {tried.tolist()}.")
 
-    def calibrate_one(observer):
+    def calibrate_one(observer: Any) -> Calibration:
         if method in ("percentile", "mse") and not isinstance(observer, Sketch):
             raise TypeError(
                 f'`method="{method}"` needs a Sketch observer, got {type(observer).__name__}.'
@@ -142,7 +186,7 @@ def calibrate(
         if method == "percentile":
             return _from_percentile(observer, percentile, symmetric)
         if method == "mse":
-            return _from_search(observer, ratios, symmetric)
+            return _from_search(observer, tried, symmetric)
         seen = observer.range if isinstance(observer, Sketch) else observer
         return scale_and_offset(seen.low, seen.high, symmetric=symmetric)
 
@@ -151,7 +195,7 @@ def calibrate(
     )
 
 
-def _from_percentile(sketch, percentile, symmetric):
+def _from_percentile(sketch: Sketch, percentile: float, symmetric: bool) -> Calibration:
     outside = 1 - percentile / 100
     if symmetric:
         high = sketch.magnitude_quantile(outside)
@@ -160,27 +204,27 @@ def _from_percentile(sketch, percentile, symmetric):
     return scale_and_offset(low, high, symmetric=False)
 
 
-def _from_search(sketch, ratios, symmetric):
+def _from_search(sketch: Sketch, tried: np.ndarray, symmetric: bool) -> Calibration:
     """Tries every ratio on points spread evenly inside the buckets, weighted by the counts."""
     seen = sketch.range
     low_edges, high_edges = sketch.edges()
-    parts = (jnp.arange(_POINTS_PER_BUCKET) + 0.5) / _POINTS_PER_BUCKET
-    points = low_edges[:, None] + (high_edges - low_edges)[:, None] * parts  # [buckets, parts]
-    ones = (1,) * seen.low.ndim
-    points = jnp.clip(points.reshape(*points.shape, *ones), seen.low, seen.high)
+    parts = (jnp.arange(_POINTS_PER_BUCKET, dtype=jnp.float32) + 0.5) / _POINTS_PER_BUCKET
+    points = low_edges[:, None] + (high_edges - low_edges)[:, None] * parts[None, :]
+    points = points.reshape(*points.shape, *(1,) * seen.low.ndim)  # [buckets, parts, ..]
+    points = jnp.clip(points, seen.low[None, None], seen.high[None, None])
     weights = jnp.moveaxis(sketch.counts, -1, 0)[:, None].astype(jnp.float32)
 
     magnitude = seen.absolute_maximum()
     middle = jnp.zeros_like(magnitude) if symmetric else seen.low / 2 + seen.high / 2
     half = magnitude if symmetric else seen.high / 2 - seen.low / 2
 
-    def parameters(ratio):
+    def parameters(ratio: jax.Array) -> Calibration:
         return scale_and_offset(middle - ratio * half, middle + ratio * half, symmetric=symmetric)
 
-    def error(ratio):
+    def error(ratio: jax.Array) -> jax.Array:
         noise = fake_quantize(points, *parameters(ratio)).values - points
         return jnp.sum(weights * noise * noise, axis=(0, 1))
 
-    ratios = jnp.asarray(np.sort(ratios)[::-1].copy(), jnp.float32)  # of equal errors, the widest
+    ratios = jnp.asarray(np.sort(tried)[::-1].copy(), jnp.float32)  # of equal errors, the widest
     best = jnp.argmin(lax.map(error, ratios), axis=0)
     return parameters(ratios[best])

@@ -5,22 +5,23 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jax_kvcache.numerics.calibration import Calibration, fake_quantize
 
 
-def int8_per_channel(values, calibration):
+def int8_per_channel(values: jax.Array, calibration: Calibration) -> jax.Array:
     """The operator's format: a static scale per channel, and an offset if there is one."""
     return fake_quantize(values, *calibration).values
 
 
-def int8_per_tensor(values, calibration):
+def int8_per_tensor(values: jax.Array, calibration: Calibration) -> jax.Array:
     """One static scale for all channels: the largest of theirs."""
     scale = calibration.scale
     return fake_quantize(values, jnp.full_like(scale, jnp.max(scale))).values
 
 
-def int8_per_token(values, calibration):
+def int8_per_token(values: jax.Array, calibration: Calibration) -> jax.Array:
     """One scale per token and head, the token's own absolute maximum / 127, stored beside it."""
     del calibration
     values = values.astype(jnp.float32)
@@ -29,13 +30,14 @@ def int8_per_token(values, calibration):
     return jnp.clip(jnp.round(values / step), -128, 127) * step
 
 
-def int4_per_channel(values, calibration):
+def int4_per_channel(values: jax.Array, calibration: Calibration) -> jax.Array:
     """As `int8_per_channel` without offset, with codes -8 .. 7 over the same range."""
-    step = calibration.scale * (127 / 7)
+    scale = calibration.scale
+    step = (scale * (127 / 7)).reshape(*(1,) * (values.ndim - scale.ndim), *scale.shape)
     return jnp.clip(jnp.round(values.astype(jnp.float32) / step), -8, 7) * step
 
 
-def _float8(values, calibration, *, dtype):
+def _float8(values: jax.Array, calibration: Calibration, *, dtype: DTypeLike) -> jax.Array:
     """A cast, clamped first: beyond the largest number the conversion gives NaN or infinity."""
     del calibration
     largest = float(jnp.finfo(dtype).max)

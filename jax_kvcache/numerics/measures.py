@@ -1,27 +1,27 @@
 """What quantisation costs: errors of the values, of attention, and of what a model predicts."""
 
-import dataclasses
-from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from jax_kvcache.export import (
-    register_dataclass_serialization,
     register_namedtuple_serialization,
 )
-from jax_kvcache.numerics.calibration import fake_quantize
-from jax_kvcache.numerics.observers import check_same_channels, tokens_first
 from jax_kvcache.ops.checks import check_shape
 
 
-def decibels(signal, noise):
+def decibels(signal: jax.Array, noise: jax.Array) -> jax.Array:
     """10 * log10(signal / noise) of two powers; inf where there is no noise."""
     return 10 * jnp.log10(signal / noise)
 
 
-def _check_alike(name, value, of_name, of):
+def _ratio(part: jax.Array, whole: jax.Array) -> jax.Array:
+    return part.astype(jnp.float32) / whole.astype(jnp.float32)
+
+
+def _check_alike(name: str, value: jax.Array, of_name: str, of: jax.Array) -> None:
     """Raises ValueError unless two arrays have one shape: broadcasting would compare others."""
     if value.shape != of.shape:
         raise ValueError(
@@ -30,7 +30,9 @@ def _check_alike(name, value, of_name, of):
         )
 
 
-def sqnr(values, approximation, axis=None):
+def sqnr(
+    values: jax.Array, approximation: jax.Array, axis: int | tuple[int, ...] | None = None
+) -> jax.Array:
     """Signal-to-quantisation-noise ratio in decibels, over `axis` (all by default).
 
     Raises:
@@ -40,113 +42,6 @@ def sqnr(values, approximation, axis=None):
     values = values.astype(jnp.float32)
     noise = values - approximation
     return decibels(jnp.sum(values * values, axis), jnp.sum(noise * noise, axis))
-
-
-@register_namedtuple_serialization
-class ErrorReport(NamedTuple):
-    """Errors per channel [*channels], or in total [].
-
-    Attributes:
-      sqnr: signal-to-quantisation-noise ratio in decibels.
-      max_error: largest |error| in units of the channel's scale; 0.5 unless something saturates.
-      saturation_rate: share of the values beyond the range of the codes.
-      code_usage: share of the 256 codes that occur.
-    """
-
-    sqnr: jax.Array
-    max_error: jax.Array
-    saturation_rate: jax.Array
-    code_usage: jax.Array
-
-
-@register_dataclass_serialization
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["signal", "noise", "max_error", "saturated", "histogram"],
-    meta_fields=[],
-)
-@dataclasses.dataclass(frozen=True)
-class ErrorObserver:
-    """Streaming errors of the operator's codes per channel, over the finite values.
-
-    Attributes:
-      signal, noise: [*channels] float32 sums of squares.
-      max_error: [*channels] float32 in units of the scale.
-      saturated: [*channels] int32.
-      histogram: [*channels, 256] int32, how often each code occurred, code -128 first.
-    """
-
-    signal: jax.Array
-    noise: jax.Array
-    max_error: jax.Array
-    saturated: jax.Array
-    histogram: jax.Array
-
-    @classmethod
-    def create(cls, channels):
-        """An observer of values [..., *channels] that has seen nothing."""
-        zero = jnp.zeros(channels)
-        return cls(
-            zero, zero, zero, jnp.zeros(channels, jnp.int32), jnp.zeros((*channels, 256), jnp.int32)
-        )
-
-    def update(self, values, scale, offset=None):
-        """The observer that has also seen `values` [..., *channels] quantised so."""
-        channels = self.signal.shape
-        values = tokens_first(values, channels)
-        check_shape("scale", scale, ("*channels", channels))
-        if offset is not None:
-            check_shape("offset", offset, ("*channels", channels))
-        codes, approximation = fake_quantize(values, scale, offset)
-        finite = jnp.isfinite(values)
-        noise = jnp.where(finite, values - approximation, 0)
-        z = values / scale + (0 if offset is None else offset)
-        beyond = finite & ((z < -128.5) | (z > 127.5))
-        flat = self.histogram.reshape(-1, 256)
-        code = codes.reshape(len(values), -1).astype(jnp.int32) + 128
-        flat = flat.at[jnp.arange(len(flat))[None, :], code].add(
-            finite.reshape(code.shape).astype(jnp.int32)
-        )
-        return ErrorObserver(
-            self.signal + jnp.sum(jnp.where(finite, values * values, 0), 0),
-            self.noise + jnp.sum(noise * noise, 0),
-            jnp.maximum(self.max_error, jnp.max(jnp.abs(noise) / scale, 0, initial=0)),
-            self.saturated + jnp.sum(beyond, 0, dtype=jnp.int32),
-            flat.reshape(self.histogram.shape),
-        )
-
-    def merge(self, other):
-        """The observer of the union; the float32 sums are equal but for their rounding."""
-        check_same_channels(self.signal.shape, other.signal.shape)
-        return ErrorObserver(
-            self.signal + other.signal,
-            self.noise + other.noise,
-            jnp.maximum(self.max_error, other.max_error),
-            self.saturated + other.saturated,
-            self.histogram + other.histogram,
-        )
-
-    def layer(self, index):
-        """The observer of one entry of the first channel dimension."""
-        return jax.tree.map(lambda leaf: leaf[index], self)
-
-    def per_channel(self) -> ErrorReport:
-        """The report of each channel."""
-        return ErrorReport(
-            decibels(self.signal, self.noise),
-            self.max_error,
-            self.saturated / jnp.sum(self.histogram, -1),
-            jnp.mean(self.histogram > 0, -1),
-        )
-
-    def total(self) -> ErrorReport:
-        """One report for all channels; code usage is their mean."""
-        return ErrorReport(
-            decibels(jnp.sum(self.signal), jnp.sum(self.noise)),
-            jnp.max(self.max_error),
-            jnp.sum(self.saturated) / jnp.sum(self.histogram),
-            jnp.mean(self.histogram > 0),
-        )
 
 
 @register_namedtuple_serialization
@@ -162,17 +57,23 @@ class AttentionError(NamedTuple):
     output_sqnr: jax.Array
 
 
-def _causal_attention(q, k, v):
+def _causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Weights [Nkv, group, T, T] and output [T, Nkv, group, D], in float32."""
     num_kv_heads, head_dim = k.shape[-2:]
     q = q.astype(jnp.float32).reshape(len(q), num_kv_heads, -1, head_dim)
     scores = jnp.einsum("tngd,snd->ngts", q, k.astype(jnp.float32)) * head_dim**-0.5
     seen = jnp.tril(jnp.ones(scores.shape[-2:], bool))
-    weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
+    weights = jax.nn.softmax(jnp.where(seen[None, None], scores, -jnp.inf), axis=-1)
     return weights, jnp.einsum("ngts,snd->tngd", weights, v.astype(jnp.float32))
 
 
-def attention_error(q, k, v, k_approximation, v_approximation) -> AttentionError:
+def attention_error(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    k_approximation: jax.Array,
+    v_approximation: jax.Array,
+) -> AttentionError:
     """Causal attention over the approximations against attention over k and v.
 
     Args:
@@ -200,17 +101,17 @@ def attention_error(q, k, v, k_approximation, v_approximation) -> AttentionError
     )
 
 
-def token_agreement(logits, baseline):
+def token_agreement(logits: jax.Array, baseline: jax.Array) -> jax.Array:
     """Share of positions where both logits [..., vocabulary] have the same largest entry.
 
     Raises:
       ValueError: the two arrays differ in shape.
     """
     _check_alike("logits", logits, "baseline", baseline)
-    return jnp.mean(jnp.argmax(logits, -1) == jnp.argmax(baseline, -1))
+    return jnp.mean(jnp.argmax(logits, -1) == jnp.argmax(baseline, -1), dtype=jnp.float32)
 
 
-def divergence(logits, baseline):
+def divergence(logits: jax.Array, baseline: jax.Array) -> jax.Array:
     """Kullback-Leibler divergence from the baseline's predictions, in nats per position.
 
     It is the increase of the nll on text drawn from the baseline model itself, in expectation: it
@@ -239,7 +140,7 @@ class PairedDifference(NamedTuple):
     standard_error: jax.Array
 
 
-def paired_difference(values, baseline) -> PairedDifference:
+def paired_difference(values: ArrayLike, baseline: ArrayLike) -> PairedDifference:
     """Compares two runs window by window, which takes out how hard each window is.
 
     Args:

@@ -7,18 +7,23 @@ observing the union of what they saw, in any order.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from functools import partial
+from typing import Any, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 
 from jax_kvcache.export import register_dataclass_serialization
+
+Observers = TypeVar("Observers")  # an observer, or a pytree of them
 
 _MANTISSA_BITS, _EXPONENT_BIAS = 23, 127  # of float32
 
 
-def check_channels(values, channels):
+def check_channels(values: jax.Array, channels: Sequence[int]) -> None:
     """Raises ValueError unless `values` is [..., *channels]."""
     rank = len(channels)
     if values.ndim < rank or values.shape[values.ndim - rank :] != tuple(channels):
@@ -28,13 +33,13 @@ def check_channels(values, channels):
         )
 
 
-def tokens_first(values, channels):
+def tokens_first(values: jax.Array, channels: Sequence[int]) -> jax.Array:
     """[N, *channels] float32."""
     check_channels(values, channels)
     return values.reshape(-1, *channels).astype(jnp.float32)
 
 
-def check_same_channels(channels, others):
+def check_same_channels(channels: Sequence[int], others: Sequence[int]) -> None:
     """Raises ValueError unless the observer to merge with has the same channels."""
     if tuple(channels) != tuple(others):
         raise ValueError(f"`other` must have the channels {list(channels)}, got {list(others)}.")
@@ -55,11 +60,11 @@ class MinMax:
     high: jax.Array
 
     @classmethod
-    def create(cls, channels):
+    def create(cls, channels: Sequence[int]) -> Self:
         """An observer of values [..., *channels] that has seen nothing."""
-        return cls(jnp.full(channels, jnp.inf), jnp.full(channels, -jnp.inf))
+        return cls(*(jnp.full(channels, end, jnp.float32) for end in (jnp.inf, -jnp.inf)))
 
-    def update(self, values):
+    def update(self, values: jax.Array) -> "MinMax":
         """The observer that has also seen `values` [..., *channels], of any float dtype."""
         values = tokens_first(values, self.low.shape)
         finite = jnp.isfinite(values)
@@ -68,12 +73,12 @@ class MinMax:
             jnp.maximum(self.high, jnp.max(values, 0, initial=-jnp.inf, where=finite)),
         )
 
-    def merge(self, other):
+    def merge(self, other: "MinMax") -> "MinMax":
         """The observer of the union of what both saw."""
         check_same_channels(self.low.shape, other.low.shape)
         return MinMax(jnp.minimum(self.low, other.low), jnp.maximum(self.high, other.high))
 
-    def absolute_maximum(self):
+    def absolute_maximum(self) -> jax.Array:
         """[*channels] float32; -inf for a channel that was never observed."""
         return jnp.maximum(-self.low, self.high)
 
@@ -109,13 +114,15 @@ class Sketch:
     exponents: tuple[int, int]
 
     @classmethod
-    def create(cls, channels, precision=5, exponents=(-14, 16)):
+    def create(
+        cls, channels: Sequence[int], precision: int = 5, exponents: tuple[int, int] = (-14, 16)
+    ) -> Self:
         """An observer of values [..., *channels] that has seen nothing; 7.5 KiB per channel."""
         half = ((exponents[1] - exponents[0]) << precision) + 1
         counts = jnp.zeros((*channels, 2 * half), jnp.int32)
-        return cls(MinMax.create(channels), counts, precision, tuple(exponents))
+        return cls(MinMax.create(channels), counts, precision, (exponents[0], exponents[1]))
 
-    def update(self, values):
+    def update(self, values: jax.Array) -> "Sketch":
         """The observer that has also seen `values` [..., *channels], of any float dtype."""
         channels = self.counts.shape[:-1]
         values = tokens_first(values, channels)
@@ -126,14 +133,14 @@ class Sketch:
         bucket = jnp.where(values < 0, half - 1 - magnitude, half + magnitude)
         bucket = bucket.reshape(len(values), -1)
         flat = self.counts.reshape(-1, 2 * half)
-        flat = flat.at[jnp.arange(len(flat))[None, :], bucket].add(
+        flat = flat.at[jnp.arange(len(flat), dtype=jnp.int32)[None, :], bucket].add(
             jnp.isfinite(values).reshape(bucket.shape).astype(jnp.int32)
         )
         return dataclasses.replace(
             self, range=self.range.update(values), counts=flat.reshape(self.counts.shape)
         )
 
-    def merge(self, other):
+    def merge(self, other: "Sketch") -> "Sketch":
         """The observer of the union of what both saw; both have one precision and exponents."""
         mine, theirs = (self.precision, self.exponents), (other.precision, other.exponents)
         if mine != theirs:
@@ -143,7 +150,7 @@ class Sketch:
             self, range=self.range.merge(other.range), counts=self.counts + other.counts
         )
 
-    def quantiles(self, outside):
+    def quantiles(self, outside: ArrayLike) -> tuple[jax.Array, jax.Array]:
         """The range that leaves the share `outside` of the values beyond each of its ends.
 
         Args:
@@ -160,7 +167,7 @@ class Sketch:
         low = -_upper_quantile(self.counts[..., ::-1], middles, -seen.high, -seen.low, outside)
         return low, _upper_quantile(self.counts, middles, seen.low, seen.high, outside)
 
-    def magnitude_quantile(self, outside):
+    def magnitude_quantile(self, outside: ArrayLike) -> jax.Array:
         """[*channels] float32: the share `outside` of the absolute values lies beyond it."""
         _check_outside(outside)
         half = self.counts.shape[-1] // 2
@@ -168,45 +175,63 @@ class Sketch:
         middles, largest = self._middles()[half:], self.range.absolute_maximum()
         return _upper_quantile(counts, middles, jnp.zeros_like(largest), largest, outside)
 
-    def edges(self):
+    def edges(self) -> tuple[jax.Array, jax.Array]:
         """Lower and upper edge of each bucket, [2 * n] float32 each."""
         half = self.counts.shape[-1] // 2
-        bits = (jnp.arange(half + 1) + self._first_bucket()) << (_MANTISSA_BITS - self.precision)
-        edges = lax.bitcast_convert_type(bits.astype(jnp.int32), jnp.float32).at[0].set(0.0)
+        number = jnp.arange(half + 1, dtype=jnp.int32)
+        bits = (number + self._first_bucket()) << (_MANTISSA_BITS - self.precision)
+        edges = lax.bitcast_convert_type(bits, jnp.float32)
+        edges = jnp.where(number == 0, jnp.zeros_like(edges), edges)
         low, high = edges[:-1], edges[1:]
         return jnp.concatenate([-high[::-1], low]), jnp.concatenate([-low[::-1], high])
 
-    def _first_bucket(self):
+    def _first_bucket(self) -> int:
         return (self.exponents[0] + _EXPONENT_BIAS) << self.precision
 
-    def _middles(self):
+    def _middles(self) -> jax.Array:
         """Infinite for the buckets at both ends, which have no middle."""
         low, high = self.edges()
-        return ((low + high) / 2).at[jnp.array([0, -1])].set(jnp.array([-jnp.inf, jnp.inf]))
+        number = jnp.arange(len(low), dtype=jnp.int32)
+        middles = jnp.where(number == 0, -jnp.inf, (low + high) / 2)
+        return jnp.where(number == len(low) - 1, jnp.inf, middles)
 
 
-def _check_outside(outside):
+def _check_outside(outside: Any) -> None:
     if not isinstance(outside, jax.core.Tracer) and not 0 <= outside < 1:
         raise ValueError(f"`outside` must be in [0, 1), got {outside}.")
 
 
-def _upper_quantile(counts, middles, smallest, largest, outside):
+def _upper_quantile(
+    counts: jax.Array,
+    middles: jax.Array,
+    smallest: jax.Array,
+    largest: jax.Array,
+    outside: ArrayLike,
+) -> jax.Array:
     """Middle of the lowest bucket with at most the share `outside` of the values above it."""
-    total = jnp.sum(counts, -1, keepdims=True)
-    allowed = jnp.floor(jnp.float32(outside) * total.astype(jnp.float32)).astype(jnp.int32)
-    bucket = jnp.argmax(total - jnp.cumsum(counts, -1) <= allowed, -1)
+    total = jnp.sum(counts, -1, dtype=jnp.int32, keepdims=True)
+    share = jnp.asarray(outside, jnp.float32)
+    allowed = jnp.floor(share * total.astype(jnp.float32)).astype(jnp.int32)
+    above = total - jnp.cumsum(counts, -1, dtype=jnp.int32)
+    bucket = jnp.argmax(above <= allowed, -1)
     return jnp.clip(middles[bucket], smallest, largest)
 
 
-def _is_observer(node):
+def _is_observer(node: Any) -> bool:
     return isinstance(node, MinMax | Sketch)
 
 
-def observe(observers, values):
+def observe(observers: Observers, values: Any) -> Observers:
     """Updates a pytree of observers with a pytree of values of the same structure."""
-    return jax.tree.map(lambda o, v: o.update(v), observers, values, is_leaf=_is_observer)
+    updated: Observers = jax.tree.map(
+        lambda o, v: o.update(v), observers, values, is_leaf=_is_observer
+    )
+    return updated
 
 
-def merge(observers, others):
+def merge(observers: Observers, others: Observers) -> Observers:
     """Merges two pytrees of observers, as of several hosts: the union of what they saw."""
-    return jax.tree.map(lambda o, p: o.merge(p), observers, others, is_leaf=_is_observer)
+    merged: Observers = jax.tree.map(
+        lambda o, p: o.merge(p), observers, others, is_leaf=_is_observer
+    )
+    return merged

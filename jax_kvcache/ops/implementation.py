@@ -63,11 +63,11 @@ def choose(operator: str, platform: str, operands: Any, asked: Implementation) -
     if backend is None or operator not in backend.targets:
         return Choice(False, f"there is no native target for platform '{platform}'", False)
     target = backend.targets[operator]
+    if asked is None and (preference := target.prefers_reference(operands)):
+        return Choice(False, preference, False)
     reason = target.refusal(operands)
     if reason is None and (backend.is_here() or not backend.lowers_elsewhere):
         reason = backend.unavailable()
-    if reason is None and asked is None and (preference := target.prefers_reference(operands)):
-        return Choice(False, preference, False)
     return Choice(reason is None, reason, reason is not None)
 
 

@@ -18,7 +18,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jax_kvcache import backends, mesh
+from jax_kvcache import backends, mesh, modes
 from jax_kvcache._compat import (
     requires_devices_during_lowering,
     shaped_array,
@@ -153,6 +153,13 @@ def _batch(operator: Operator, primitive: Primitive) -> None:
 # Lowering
 
 
+def _result_like(result: Any, extra: jax.ShapeDtypeStruct) -> Any:
+    """The type of a further result that is on the devices of `result`, in their own memory."""
+    spec = PartitionSpec(*[None] * len(extra.shape))
+    sharding = result.sharding.update(spec=spec)
+    return result.update(shape=extra.shape, dtype=jnp.dtype(extra.dtype), sharding=sharding)
+
+
 def _native_call(
     operator: Operator, operands: Any, types: Sequence[Any], options, platform
 ) -> list:
@@ -164,7 +171,9 @@ def _native_call(
     """
     backend = backends.find(platform)
     assert backend is not None, "chosen above"
-    operands = backend.targets[operator.name].prepare(flattened(operands))
+    target = backend.targets[operator.name]
+    scratch = [_result_like(types[0], extra) for extra in target.scratch(operands)]
+    operands = target.prepare(flattened(operands))
     rows = list(table(operator.results).values())
 
     def declared(row, aval):
@@ -175,10 +184,10 @@ def _native_call(
 
     call = jax.ffi.ffi_call(
         operator.name,
-        [declared(row, aval) for row, aval in zip(rows, types, strict=True)],
+        [*(declared(row, aval) for row, aval in zip(rows, types, strict=True)), *scratch],
         input_output_aliases=aliases(operator.operands, operator.results),
     )
-    results = call(*operands, **options.attributes())
+    results = call(*operands, **options.attributes())[: len(rows)]
     return [
         result.reshape(aval.shape) if row.flat else result
         for row, result, aval in zip(rows, results, types, strict=True)
@@ -229,7 +238,7 @@ def _lower(operator: Operator, primitive: Primitive, native: Primitive) -> None:
         call = mesh.Call(
             operator.name, operator.operands, operator.results, on_one_device, plain, options
         )
-        return mlir.lower_fun(mesh.partitioned(ctx, call, operator.sharding))(ctx, *operands)
+        return mlir.lower_fun(modes.partitioned(ctx, call, operator.sharding))(ctx, *operands)
 
     requires_devices_during_lowering(primitive)
     mlir.register_lowering(primitive, lowering)

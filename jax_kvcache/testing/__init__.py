@@ -102,7 +102,8 @@ class Standin:
         """What happened since `reset`.
 
         Returns:
-          counts: calls by function, and of "handler" and "launched"; "tensor created" and so on.
+          counts: calls by function, and of "handler" and "launched"; "tensor created" and so on;
+            "handler nanoseconds": in handlers, without the runtime's functions that they call.
           alive: how many tensors, int_arrays, executors and scratch blocks exist now.
           pending: injected failures that have not happened yet.
           faults: what no correct caller does: a double destroy, a slot past the cache, ...
@@ -196,7 +197,7 @@ def enable_ascend_standin(
     jax_hook: Literal["one_argument", "works", "none"] = "one_argument",
     pjrt_extension: bool = True,
     ffi: Literal["0.2", "newest"] = "0.2",
-    cann: Literal["8.0", "8.5", "vendor", "early"] | None = "8.0",
+    cann: Literal["8.0", "8.5", "vendor", "early", "idle"] | None = "8.0",
 ) -> Standin:
     """Makes a stand-in Ascend device JAX's default backend in this process.
 
@@ -214,7 +215,8 @@ def enable_ascend_standin(
         that of the installed jaxlib.
       cann: the release of CANN whose files are there: "early" has no functions that destroy an
         executor, "8.5" has the operator in a library of its own, "vendor" in the package of a
-        vendor. Without CANN (None) the operator cannot run.
+        vendor; the functions of "idle" do nothing, for timing what calls them. Without CANN (None)
+        the operator cannot run.
 
     Returns:
       The device's memory and controls. A second call with the same arguments returns the first's.

@@ -40,6 +40,7 @@ _LIBRARIES = {
         ("libopapi.cc", "dequant_rope_quant_kvcache.cc", "validation.cc"),
         (DEVICE, "libnnopbase.so"),
     ),
+    "libopapi_idle.so": _Library(("idle.cc",), soname="libopapi.so"),
 }
 _BASE = {"lib64/libnnopbase.so": "libnnopbase.so", "lib64/libascendcl.so": "libascendcl.so"}
 
@@ -52,9 +53,11 @@ RELEASES = {
         "lib64/libascendcl.so": "libascendcl.so",
         "lib64/libopapi.so": "libopapi.so",
     },
+    "idle": {"lib64/libopapi.so": "libopapi_idle.so"},
 }
 """Toolkits by name, each as where its libraries are: as in CANN 8.0 and 8.5, with the operator in a
-vendor's package, and as before 8.0, without the two functions that destroy an executor."""
+vendor's package, as before 8.0, without the two functions that destroy an executor, and one whose
+functions do nothing, for timing what calls them."""
 
 
 def source_folder() -> Path:

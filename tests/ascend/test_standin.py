@@ -54,7 +54,7 @@ def test_without_a_compiler(monkeypatch):
         ({"platform_name": "cann"}, r"`platform_name` must be one of .'ASCEND', 'asc.*got 'cann'"),
         ({"jax_hook": "http"}, "`jax_hook` must be one of .'one_argument', 'works', 'none'., got"),
         ({"ffi": "0.3"}, "`ffi` must be one of .'0.2', 'newest'., got '0.3'"),
-        ({"cann": "7.0"}, "`cann` must be one of .'8.0', '8.5', 'vendor', 'early', None., got"),
+        ({"cann": "7.0"}, "`cann` must be one of .'8.0', .*, 'idle', None., got '7.0'"),
         ({"devices": 0}, "`devices` must be 1 or more, got 0"),
     ],
 )

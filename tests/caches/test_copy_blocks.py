@@ -15,9 +15,8 @@ INT32 = caches.INT32
 PAIRS = {
     "none": [],
     "one": [(2, 5)],
-    "skipped": [
-        (-1, -1), (2, -1), (-1, 3), (BLOCKS, 1), (1, BLOCKS), (INT32.max, 0), (0, INT32.min)
-    ],
+    "skipped": [(-1, -1), (2, -1), (-1, 3), (BLOCKS, 1), (1, BLOCKS)],
+    "far away": [(INT32.max, 0), (0, INT32.max), (INT32.min, 0), (0, INT32.min)],
     "a pair sees what those before it wrote": [(1, 2), (2, 3), (0, 1), (6, 1)],
     "itself": [(4, 4)],
 }  # fmt: skip

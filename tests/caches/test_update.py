@@ -121,6 +121,47 @@ def test_float_x():
     assert_equal(out, expected_update(cache, call, starts, 1))
 
 
+@pytest.mark.parametrize("kind", ["contiguous", "paged"])
+def test_kv_output_returns_k_and_v_between_q_and_the_cache(kind):
+    rng = np.random.default_rng(10)
+    cache, call = make(kind, rng, layers=L, offsets=True), tokens(rng)
+    where = {"positions": np.zeros(B, np.int32)}
+    if kind == "paged":
+        where = {"positions": POSITIONS, "block_table": TABLE}
+    q, k, v, after = cache.update(**call, **where, layer=1, kv_output=True)
+    indices = SLOTS if kind == "paged" else where["positions"]
+    wanted = oracle(
+        call["x"], call["cos"], call["sin"], *(np.asarray(a)[1] for a in (
+            cache.k_cache, cache.v_cache)), indices,
+        *(np.asarray(a)[1] for a in (cache.scale_k, cache.scale_v)),
+        **{n: np.asarray(getattr(cache, n))[1] for n in ("offset_k", "offset_v")},
+        **{n: call[n] for n in ("weight_scale", "activation_scale", "bias")},
+        cache_mode="page" if kind == "paged" else "contiguous", kv_output=True,
+    )  # fmt: skip
+    assert_results((q, k, v, after.k_cache[1], after.v_cache[1]), wanted)
+    short = cache.update(**call, **where, layer=1)
+    jax.tree.map(np.testing.assert_array_equal, short, (q, after))
+
+
+@pytest.mark.parametrize("layers", [None, L])
+@pytest.mark.parametrize("kind", ["contiguous", "paged"])
+def test_printing_takes_one_line(kind, layers):
+    cache = make(kind, np.random.default_rng(11), layers=layers)
+    codes = list(cache.k_cache.shape)
+    name = "KVCache" if kind == "contiguous" else "PagedKVCache"
+    assert str(cache) == (
+        f"{name}(k_cache=int8{codes}, v_cache=int8{codes}, "
+        f"scale_k=float32{list(cache.scale_k.shape)}, scale_v=float32{list(cache.scale_v.shape)}, "
+        f"offset_k=None, offset_v=None, layers={layers}, num_q_heads=None, "
+        f"nbytes={cache.nbytes:_})"
+    )
+    assert str(jax.eval_shape(lambda: cache)) == str(cache)
+    seen = []
+    jax.jit(lambda cache: seen.append(str(cache)))(cache)
+    assert seen == [str(cache)]
+    assert "k_cache=0" in str(jax.tree.map(lambda leaf: 0, cache))
+
+
 def test_slots_from_block_table():
     slots = jax.jit(slots_from_block_table, static_argnums=2)
     np.testing.assert_array_equal(slots(TABLE, POSITIONS, BLOCK), SLOTS)

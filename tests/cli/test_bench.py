@@ -10,6 +10,7 @@ from support.internals import library
 from jax_kvcache import __main__
 from jax_kvcache.cli import bench, bench_cases, bench_steps
 
+OF_ALL, OF_CALLS = {"ffi", "xla", "ffi_16x"}, {"obvious", "empty", "memcpy", "half_memcpy"}
 SMALL = bench_cases.Case(3, 1, 2, 1, 64, "contiguous", 3, 4)
 
 
@@ -35,10 +36,9 @@ def test_json(small, capsys):
     report = json.loads(capsys.readouterr().out)
     assert report["simd"] == library.simd()
     assert list(report["shapes"]) == ["small", "page", "vmap", "layers"]
-    of_all, of_calls = {"ffi", "xla", "ffi_16x"}, {"obvious", "empty", "memcpy", "half_memcpy"}
     for name, shape in report["shapes"].items():
         times = shape["microseconds"]
-        assert set(times) == (of_all | of_calls if name in ("small", "page") else of_all)
+        assert set(times) == (OF_ALL | OF_CALLS if name in ("small", "page") else OF_ALL)
         assert all(time > 0 for time in times.values())
         assert shape["ratios"]["ffi/xla"] == pytest.approx(times["ffi"] / times["xla"])
         assert shape["page_faults"] >= 0
@@ -58,10 +58,15 @@ def test_bytes_per_native_call():
 
 
 def test_text_and_plot(small, capsys, tmp_path):
-    assert run("--shape", "small", "--plot", str(tmp_path / "bench.png")) == 0
+    assert run("--shape", "small", "vmap", "--plot", str(tmp_path / "bench.png")) == 0
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
-    text = capsys.readouterr().out
-    assert "small: " in text and "net/memcpy" in text  # noqa: PT018
+    times, ratios = capsys.readouterr().out.split("\n\n")
+    for table, columns in ((times, 4 + len(OF_ALL | OF_CALLS)), (ratios, 6)):
+        header, small_row, vmap_row = (line.split() for line in table.splitlines()[1:])
+        assert len(header) == columns == len(small_row) - 1 == len(vmap_row) - 1
+        assert len({len(line) for line in table.splitlines()[1:]}) == 1  # columns are aligned
+        assert vmap_row.count("-") == 4  # what only single calls are compared with
+    assert "net/memcpy" in ratios
 
 
 def test_unknown_shape(capsys):

@@ -8,6 +8,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from support import calls, layouts
+from support.internals import mesh as mesh_module
 
 from jax_kvcache import dequant_rope_quant_kvcache
 
@@ -51,10 +52,10 @@ def test_a_cache_must_come_out_as_it_goes_in():
         step(mesh, P(None, "dp"), jit=lambda f: jit(lambda **call: tuple(f(**call))))
 
 
-def test_automatic_axes_beside_manual_ones():
-    mesh = jax.make_mesh((2, 2), ("dp", "tp"), (AxisType.Auto,) * 2)
+def partly_manual(mesh):
+    """A replacement for jax.jit that makes the axis "dp" manual and leaves "tp" as it is."""
 
-    def partly_manual(f):
+    def jit(f):
         def one(call):
             return f(**call).k_cache
 
@@ -64,9 +65,27 @@ def test_automatic_axes_beside_manual_ones():
             )(call)
         )
 
+    return jit
+
+
+def test_automatic_axes_beside_manual_ones():
+    mesh = jax.make_mesh((2, 2), ("dp", "tp"), (AxisType.Auto,) * 2)
+
     message = r"cannot mix automatic mesh axes \['tp'\] with manual or explicit ones \['dp'\]"
     with pytest.raises(NotImplementedError, match=message):
-        step(mesh, P(), jit=partly_manual)
+        step(mesh, P(), jit=partly_manual(mesh))
+
+
+def test_explicit_axes_beside_manual_ones_before_jax_0_10(monkeypatch):
+    monkeypatch.setattr(mesh_module, "nests_manual_axes", lambda: False)
+    mesh = jax.make_mesh((2, 2), ("dp", "tp"), (AxisType.Explicit,) * 2)
+
+    message = (
+        r"cannot have explicit mesh axes \['tp'\] beside manual ones \['dp'\] with JAX .* Make them"
+        " all manual .* or use JAX 0.10 or newer"
+    )
+    with pytest.raises(NotImplementedError, match=message):
+        step(mesh, P(), jit=partly_manual(mesh))
 
 
 def lower(kind, platform):

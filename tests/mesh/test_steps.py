@@ -72,12 +72,12 @@ def arguments(name):
     return cls(*codes, *scales, *offsets, layers), tokens
 
 
-def step(cache, tokens, window, implementation=None, axis_name=None):
+def step(cache, tokens, window, implementation=None, axis_name=None, qkv_shards=None):
     tokens = dict(tokens)
     seen = tokens.pop("seen")
     where = {"axis_name": axis_name, "implementation": implementation}
     where |= {} if cache.layers is None else {"layer": 1}
-    q, cache = cache.update(**tokens, **where)
+    q, cache = cache.update(**tokens, **where, qkv_shards=qkv_shards)
     table = tokens.get("block_table")
     out, lse = decode_attention(
         q, cache, positions=seen, block_table=table, sinks=jnp.ones(q.shape[2]), window=window,
@@ -159,7 +159,12 @@ def test_manual_with_checks(name, shape, implementation):
     queries = P(batch, None, heads)
     run = jax.jit(
         jax.shard_map(
-            step_of(name, implementation=implementation, axis_name=split),
+            step_of(
+                name,
+                implementation=implementation,
+                axis_name=split,
+                qkv_shards=mesh.shape[heads] if heads else None,
+            ),
             mesh=mesh,
             in_specs=(caches, specs),
             out_specs=(caches, queries, queries, queries),
@@ -212,6 +217,20 @@ def test_what_moves(shape):
     merged = 4 * B * S * heads * (1 + D + 1)
     assert moved("blocks_heads", P(None, None, "tp")) == merged
     assert moved("rows", P(None, None, "tp")) == merged
+
+
+def test_what_comes_after_does_not_decide_where_a_cache_lies():
+    """A replicated cache stays so, though the result is wanted with its heads split."""
+    mesh = jax.make_mesh((2, 2), ("dp", "tp"), (AxisType.Auto,) * 2)
+    cache, tokens = arguments("heads")
+    placed = place(cache, jax.tree.map(lambda _: P(), cache), mesh)
+    split = NamedSharding(mesh, P("dp", None, "tp"))
+    run = jax.jit(step_of("heads"), donate_argnums=0, out_shardings=(None, split, split, split))
+    result = run(placed, place(tokens, {name: P() for name in tokens}, mesh))
+    assert result[0].k_cache.sharding.is_fully_replicated
+    assert result[0].v_cache.sharding.is_fully_replicated
+    assert result[2].sharding.is_equivalent_to(split, 4)
+    assert_equal(result, "heads")
 
 
 def test_a_cache_cut_through_its_heads_is_refused():

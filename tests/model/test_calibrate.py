@@ -86,9 +86,12 @@ def test_command(tmp_path, capsys, model, windows, asymmetric):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--asymmetric", "--method", "absmax"], '`method="absmax"` is symmetric'),
+        (["--asymmetric", "--method", "absmax"], "`--asymmetric` needs `--method minmax`, `perc"),
         (["--percentile", "99"], "`--percentile` goes with `--method percentile`, got `--method a"),
-        (["--method", "percentile", "--percentile", "0"], "`percentile` must be in"),
+        (
+            ["--method", "percentile", "--percentile", "0"],
+            "`--percentile` must be in (0, 100], got 0.",
+        ),
         (["--out", "/nonexistent/scales.npz"], "cannot write '/nonexistent/scales.npz'"),
         (["--plot", "/nonexistent/plot.png"], "cannot write '/nonexistent/plot.png'"),
     ],

@@ -5,7 +5,7 @@ from support import process
 
 REASONS = {
     "missing": "the native library cannot be loaded",
-    "stale": "is of another version: it has no 'dequant_rope_quant_kvcache_cpu'",
+    "stale": "is of another version: it has no 'decode_attention_cpu'",
     "newer": "the native library was built for XLA FFI 0.3 and the installed jaxlib has 0.1",
 }
 

@@ -2,10 +2,12 @@
 
 # ruff: noqa: F401
 from jax_kvcache import _compat as compat
-from jax_kvcache import backends, mesh
-from jax_kvcache.backends import ascend, ascend_plugin, library, pjrt
+from jax_kvcache import backends, mesh, modes
+from jax_kvcache.backends import ascend, ascend_plugin, cuda, library, pjrt
+from jax_kvcache.cli import bench_gpu
 from jax_kvcache.model import calibrate as calibrate_model
 from jax_kvcache.ops import indexing, operands, operator, slots
+from jax_kvcache.ops.decode_attention.reference import Operands as AttentionOperands
 from jax_kvcache.ops.dequant_rope_quant_kvcache import api, primitive, reference
 from jax_kvcache.ops.dequant_rope_quant_kvcache.api import canonical_operands
 from jax_kvcache.ops.dequant_rope_quant_kvcache.checks import Call

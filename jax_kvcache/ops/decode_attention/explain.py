@@ -6,7 +6,8 @@ import jax
 from jax.typing import ArrayLike
 
 from jax_kvcache.caches import KVCache, PagedKVCache
-from jax_kvcache.mesh import mesh_of, no_partitioning
+from jax_kvcache.mesh import mesh_of
+from jax_kvcache.modes import no_partitioning
 from jax_kvcache.ops.decode_attention.api import canonical_operands
 from jax_kvcache.ops.decode_attention.checks import Call
 from jax_kvcache.ops.decode_attention.primitive import NAME

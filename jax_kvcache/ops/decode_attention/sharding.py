@@ -105,15 +105,22 @@ def result_specs(layout: Layout, shapes: Any) -> tuple[PartitionSpec, ...]:
     return tuple(layout.spec(row.dims, shape) for row, shape in zip(rows, shapes, strict=True))
 
 
-def rule(ops: Any, results: Any) -> str:
-    """Shardy's rule: groups, sequences, steps and query heads propagate between q and the results.
+def rule(ops: Any, results: Any, options: Any) -> tuple[str, dict[str, int]]:
+    """Shardy's rule: q and the results are where the cache is; see `mesh.Sharding`.
 
-    The caches propagate into each other alone: what comes after must not decide where they lie.
+    Heads propagate from the caches to q and the results, and so do the sequences of contiguous
+    caches; groups and steps propagate between q and the results. Nothing of it reaches a cache:
+    what comes after must not decide where a cache lies (`mesh.Sharding.settled`).
     """
     group_rank = len(ops.table.shape) - 2
     rest = (f"u{i}" for i in itertools.count())
-    shared = {"*g": [f"g{i}" for i in range(group_rank)], "B": ["b"], "S": ["s"], "Nq": ["h"]}
-    cache = [next(rest) for _ in ops.k_cache.shape]
+    per_kv_head = ops.q.shape[-2] // ops.k_cache.shape[-2]
+    q_heads = "(h j)" if per_kv_head > 1 else "h"
+    groups = [f"g{i}" for i in range(group_rank)]
+    shared = {"*g": groups, "B": ["b"], "S": ["s"], "Nq": [q_heads]}
+    aligned = options.contiguous and ops.k_cache.shape[-4] == ops.q.shape[-4]
+    cache = [next(rest) for _ in ops.k_cache.shape[:-4]]
+    cache += ["b" if aligned else next(rest), next(rest), "h", next(rest)]
 
     def factors(row: Any, array: Any) -> list[str]:
         if is_absent(array):
@@ -128,7 +135,8 @@ def rule(ops: Any, results: Any) -> str:
         [factors(row, a) for row, a in zip(table(rows).values(), arrays, strict=True)]
         for rows, arrays in ((Operands, ops), (Results, results))
     )
-    return " -> ".join(", ".join(map(" ".join, side)) for side in sides)
+    text = " -> ".join(", ".join(map(" ".join, side)) for side in sides)
+    return text, {"j": per_kv_head} if per_kv_head > 1 else {}
 
 
 def _own_positions(ops: Operands, axes: Axes) -> Any:
@@ -164,4 +172,12 @@ def _shard(ops: Operands, call: Call, layout: Layout, mesh: Any) -> Any:
     return out.astype(ops.q.dtype), lse if call.options.return_lse else absent()
 
 
-SHARDING = Sharding(layout_of, operand_specs, result_specs, rule, _shard, plain_is_fine=True)
+SHARDING = Sharding(
+    layout_of,
+    operand_specs,
+    result_specs,
+    rule,
+    _shard,
+    settled=("k_cache", "v_cache"),
+    plain_is_fine=True,
+)

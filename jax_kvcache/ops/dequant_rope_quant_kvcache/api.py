@@ -177,6 +177,7 @@ def dequant_rope_quant_kvcache(
        after RoPE (before rounding to bfloat16) and v before rounding.
     4. contiguous: batch b writes rows indices[b] .. indices[b]+S-1 of cache[b]; page: token t
        writes row indices[t] of the cache seen as [C1*C2, Nkv, D].
+       The vendor forbids two tokens of one call in one row; here each byte is one's.
 
     Inside `jax.jit` with the caches donated (`donate_argnames=("k_cache", "v_cache")`) the caches
     are updated in place. Called eagerly, nothing is donated and both caches are copied.

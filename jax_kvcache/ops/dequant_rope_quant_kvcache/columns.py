@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_kvcache._compat import varying_axes
+
 _FIX = (
     "Put the columns of the projection's weight, `weight_scale` and `bias` in order with "
     "`interleave_qkv_for_tensor_parallel(w, size_splits, {0})` and pass `qkv_shards={0}`, or pass "
@@ -159,7 +161,7 @@ def check_order(
         axis
         for value in per_column
         if isinstance(value, jax.Array)
-        for axis in jax.typeof(value).manual_axis_type.varying
+        for axis in varying_axes(jax.typeof(value))
     }
     over = {axis: size for axis, size in axes.items() if axis in varying}
     possible = _products((over or axes).values()) - ({1} if over else set())

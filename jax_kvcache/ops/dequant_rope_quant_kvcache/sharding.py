@@ -89,12 +89,13 @@ def result_specs(layout: Layout, shapes: Any) -> tuple[PartitionSpec, ...]:
     )
 
 
-def rule(ops: Any, results: Any) -> str:
+def rule(ops: Any, results: Any, options: Any) -> tuple[str, dict[str, int]]:
     """Shardy's rule: tokens propagate between x, q, k and v, and the caches into themselves.
 
     Nothing else is shared: a cache must not take its sharding from the tokens, nor, through q,
     from what comes after.
     """
+    del options
     tokens = [f"g{i}" for i in range(len(ops.slots.shape) - 1)] + ["t"]
     rest = (f"u{i}" for i in itertools.count())
     cache: list[str] = []
@@ -113,7 +114,8 @@ def rule(ops: Any, results: Any) -> str:
         factors(row, a, row.aliases is not None)
         for row, a in zip(table(Results).values(), results, strict=True)
     ]
-    return " -> ".join(", ".join(map(" ".join, side)) for side in (operands, outputs))
+    sides = (operands, outputs)
+    return " -> ".join(", ".join(map(" ".join, side)) for side in sides), {}
 
 
 def _own_heads(ops: Operands, axes: Axes, shards: int) -> Operands:

@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from support import calls, process
-from support.internals import mesh
+from support.internals import modes
 
 from jax_kvcache import KVCache, dequant_rope_quant_kvcache
 from jax_kvcache.checkpoints import load_demo
@@ -19,14 +19,14 @@ from jax_kvcache.model import forward
 def lowerings(monkeypatch):
     """Each call of the rule that lowers the primitive, whichever mode it is in."""
     made = []
-    partitioned = mesh.partitioned
+    partitioned = modes.partitioned
 
     def counted(ctx, call, *arguments):
         if call.name == "dequant_rope_quant_kvcache":
             made.append(ctx.avals_in[0].shape)
         return partitioned(ctx, call, *arguments)
 
-    monkeypatch.setattr(mesh, "partitioned", counted)
+    monkeypatch.setattr(modes, "partitioned", counted)
     return made
 
 

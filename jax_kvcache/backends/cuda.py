@@ -1,0 +1,143 @@
+"""The CUDA backend: what its kernels take, the scratch they get, and whether they are the default.
+
+The kernels are in the native library where it was built with an nvcc. `ffi/CUDA.md` says what has
+run on a GPU and how to show it.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_kvcache import _compat
+from jax_kvcache.backends import library
+from jax_kvcache.backends.backend import Backend, Target, register_with_jax
+from jax_kvcache.ops.operands import group_rank_of
+
+PROVEN_ON: str | None = None
+"""The card on which `pytest -m cuda_device` passed. While it is None nothing runs by default."""
+
+HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
+"""The attention kernel is compiled for these."""
+
+MAX_QUERIES = 16
+"""Of a sequence: each 16 query rows of a kv head read the cache once more."""
+
+_TILE = 16  # query rows (queries times query heads of one kv head) that a block of threads has
+_BLOCKS = 512  # enough to keep the largest card busy
+_SPLIT_ROWS = (128, 4096)  # the fewest rows that are worth a block, and the most that one should do
+_MOST_SPLITS = 128
+_SYMBOLIC_SPLITS = 16
+_EXTRAS = 3  # numbers that a partial result has beside its D sums
+
+
+def _has(symbol: str) -> bool:
+    return library.missing() is None and hasattr(library.load().handle, symbol)
+
+
+def register(backend: Backend) -> None:
+    """Registers the targets, if the library was built with them."""
+    if all(_has(target.symbol) for target in backend.targets.values()):
+        register_with_jax(backend)
+
+
+def _not_built() -> str | None:
+    """Why the library has no CUDA kernels, or None when it has."""
+    if (missing := library.missing()) is not None:
+        return missing
+    if all(_has(target.symbol) for target in CUDA.targets.values()):
+        return None
+    return "the native library was built without CUDA, because no nvcc was found"
+
+
+def is_here() -> bool:
+    """Whether JAX has started on an NVIDIA GPU in this process."""
+    backends = _compat.initialized_backends()
+    return "cuda" in backends or "cuda" in backends.values()
+
+
+def unavailable() -> str | None:
+    """Why the kernels cannot run in this process, or None when they can."""
+    if (reason := _not_built()) is not None:
+        return reason
+    return None if is_here() else "this process has no NVIDIA GPU"
+
+
+def report() -> dict[str, str]:
+    """What was built and what has been shown, for people."""
+    default = f"yes, shown on {PROVEN_ON}" if PROVEN_ON else f"no: {prefers_reference(None)}"
+    return {"kernels": _not_built() or "built", "taken by default": default}
+
+
+def prefers_reference(operands: Any) -> str | None:
+    """Why the kernels are taken only if they are asked for, or None when they are proven."""
+    del operands
+    if PROVEN_ON is not None:
+        return None
+    return "the CUDA kernels have not run on a GPU yet, so only `implementation='ffi'` takes them"
+
+
+def attention_refusal(operands: Any) -> str | None:
+    """Why the attention kernel does not take these operands (or their types), or None."""
+    queries, _, head_dim = operands.q.shape[-3:]
+    if head_dim not in HEAD_DIMS:
+        known = ", ".join(map(str, HEAD_DIMS))
+        return f"the CUDA kernel takes D = {known}, got D = {head_dim}"
+    if isinstance(queries, int) and queries > MAX_QUERIES:
+        return f"the CUDA kernel takes S <= {MAX_QUERIES} queries per sequence, got S = {queries}"
+    rows = operands.k_cache.shape[group_rank_of(operands) : -2]
+    if all(isinstance(dim, int) for dim in rows) and math.prod(rows) >= 2**32 - 1:
+        return f"the CUDA kernel numbers rows in 32 bits, got {math.prod(rows)} rows"
+    return None
+
+
+def attention_splits(operands: Any) -> int:
+    """Over how many blocks of threads the rows of each sequence are spread, from shapes alone.
+
+    There are enough blocks to fill the card and, so that one long sequence among short ones does
+    not keep the call waiting, one for each 4096 rows that a sequence may have.
+    """
+    kv_heads = operands.k_cache.shape[-2]
+    queries, q_heads = operands.q.shape[-3:-1]
+    sizes = (*operands.table.shape, operands.k_cache.shape[-3], kv_heads, queries, q_heads)
+    if not all(isinstance(size, int) for size in sizes):
+        return _SYMBOLIC_SPLITS
+    tiles = -(-queries * (q_heads // kv_heads) // _TILE)
+    blocks = max(math.prod(operands.table.shape[:-1]) * kv_heads * tiles, 1)
+    capacity = operands.table.shape[-1] * operands.k_cache.shape[-3]
+    fewest, most = _SPLIT_ROWS
+    wanted = max(-(-_BLOCKS // blocks), -(-capacity // most))
+    return max(min(wanted, -(-capacity // fewest), _MOST_SPLITS), 1)
+
+
+def attention_scratch(operands: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """The partial results: rows of q * splits * (D + 3) float32; [0] where nothing is split."""
+    splits = attention_splits(operands)
+    *rows, head_dim = operands.q.shape
+    size = splits * math.prod(rows) * (head_dim + _EXTRAS) if splits > 1 else 0
+    return (jax.ShapeDtypeStruct((size,), jnp.float32),)
+
+
+CUDA = Backend(
+    name="cuda",
+    lowered_as=("cuda",),
+    registered_as=("CUDA",),
+    reported_as=("gpu", "cuda"),
+    targets={
+        "dequant_rope_quant_kvcache": Target(
+            "dequant_rope_quant_kvcache_cuda", prefers_reference=prefers_reference
+        ),
+        "decode_attention": Target(
+            "decode_attention_cuda",
+            refusal=attention_refusal,
+            prefers_reference=prefers_reference,
+            scratch=attention_scratch,
+        ),
+    },
+    unavailable=unavailable,
+    is_here=is_here,
+    lowers_elsewhere=True,
+    register=register,
+    report=report,
+)

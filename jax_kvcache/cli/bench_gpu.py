@@ -1,0 +1,194 @@
+"""`python -m jax_kvcache bench` on an NVIDIA GPU: both operators beside XLA, cuDNN and a copy."""
+
+import functools
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_kvcache import backends
+from jax_kvcache.caches import KVCache, PagedKVCache
+from jax_kvcache.cli import CommandError
+from jax_kvcache.cli.bench_cases import Case, make_caches, make_inputs
+from jax_kvcache.cli.bench_steps import operator
+from jax_kvcache.ops.decode_attention.api import decode_attention
+from jax_kvcache.ops.dequant_rope_quant_kvcache.primitive import NAME
+
+Nq, Nkv, D = 32, 8, 128
+WRITES = {f"{tokens} tokens": tokens for tokens in (1, 32, 256, 4096, 16384)}
+COPIED_BYTES = 1 << 30
+CALLS = 20  # of a round
+
+
+class Read(NamedTuple):
+    """One shape of attention: one token per sequence."""
+
+    B: int
+    rows: int
+    block: int | None = None  # rows per block of a paged cache, or None
+
+    @property
+    def bytes_moved(self) -> int:
+        """Bytes of codes that one call must read."""
+        return 2 * self.B * self.rows * Nkv * D
+
+
+READS = {
+    "1 x 2048": Read(1, 2048),
+    "1 x 32768": Read(1, 32768),
+    "8 x 4096": Read(8, 4096),
+    "64 x 2048": Read(64, 2048),
+    "1 x 32768 paged": Read(1, 32768, 16),
+    "8 x 4096 paged": Read(8, 4096, 16),
+    "64 x 2048 paged": Read(64, 2048, 16),
+}
+
+
+def microseconds(step: Callable, state: Any, *arguments: Any, rounds: int) -> float:
+    """The median time of one call, over rounds of calls that are enqueued without waiting."""
+    for _ in range(3):
+        state, _ = step(state, *arguments)
+    jax.block_until_ready(state)
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        for _ in range(CALLS):
+            state, out = step(state, *arguments)
+        jax.block_until_ready((state, out))
+        times.append((time.perf_counter() - start) / CALLS)
+    return 1e6 * statistics.median(times)
+
+
+def kernel_nanoseconds(profile: jax.profiler.ProfileData) -> float:
+    """The time that a profile's GPUs spent in kernels and copies."""
+    return sum(
+        event.duration_ns
+        for plane in profile.planes
+        if plane.name.startswith("/device:GPU")
+        for line in plane.lines
+        if line.name.startswith("Stream")
+        for event in line.events
+    )
+
+
+def kernel_microseconds(step: Callable, state: Any, *arguments: Any) -> float:
+    """The time of one call on the card, as the profiler sees it: without what the host takes."""
+    state, _ = jax.block_until_ready(step(state, *arguments))
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(CALLS):
+                state, out = step(state, *arguments)
+            jax.block_until_ready((state, out))
+        [path] = Path(folder).rglob("*.xplane.pb")
+        profile = jax.profiler.ProfileData.from_file(str(path))
+        return kernel_nanoseconds(profile) / 1e3 / CALLS
+
+
+def copy_bandwidth(rounds: int) -> float:
+    """Bytes per second, read and written together, of a large elementwise operation."""
+    array = jnp.zeros(COPIED_BYTES // 4, jnp.float32)
+    step = jax.jit(lambda a: (a + 1, 0), donate_argnums=0)
+    return 2 * COPIED_BYTES / (microseconds(step, array, rounds=rounds) * 1e-6)
+
+
+def _write_steps(tokens: int) -> tuple[Case, dict[str, Callable]]:
+    case = Case(tokens, 1, Nq, Nkv, D, "page", max(tokens, 128), 16)
+
+    def step(caches, inputs, implementation):
+        outputs, caches = operator(caches, inputs, cache_mode="page", implementation=implementation)
+        return caches, outputs
+
+    def jitted(name):
+        return jax.jit(functools.partial(step, implementation=name), donate_argnums=0)
+
+    return case, {"native": jitted("ffi"), "xla": jitted("xla")}
+
+
+def _measure_write(tokens: int, rounds: int) -> dict[str, float]:
+    case, steps = _write_steps(tokens)
+    inputs = make_inputs(case, 0)
+    times = {
+        name: microseconds(step, make_caches(case), inputs, rounds=rounds)
+        for name, step in steps.items()
+    }
+    times["kernel"] = kernel_microseconds(steps["native"], make_caches(case), inputs)
+    return times | {"bytes": case.bytes_moved}
+
+
+def _cache(read: Read) -> tuple[KVCache | PagedKVCache, jax.Array | None]:
+    rng = np.random.default_rng(0)
+    scale = np.full((Nkv, D), 0.02, np.float32)
+    if read.block is None:
+        return KVCache.create(read.B, read.rows, Nkv, D, scale_k=scale, scale_v=scale), None
+    blocks = read.B * read.rows // read.block
+    table = jnp.asarray(rng.permutation(blocks).reshape(read.B, -1), jnp.int32)
+    return PagedKVCache.create(blocks, read.block, Nkv, D, scale_k=scale, scale_v=scale), table
+
+
+def _measure_read(read: Read, rounds: int) -> dict[str, float]:
+    cache, table = _cache(read)
+    q = jnp.ones((read.B, 1, Nq, D), jnp.bfloat16)
+    lengths = jnp.full((read.B,), read.rows, jnp.int32)
+
+    def step(state, cache, implementation):
+        out = decode_attention(
+            state, cache, lengths, block_table=table, implementation=implementation
+        )
+        return out, 0
+
+    times = {}
+    for name, implementation in (("native", "ffi"), ("xla", "xla")):
+        jitted = jax.jit(functools.partial(step, implementation=implementation))
+        times[name] = microseconds(jitted, q, cache, rounds=rounds)
+        if name == "native":
+            times["kernel"] = kernel_microseconds(jitted, q, cache)
+    if read.block is None:
+        kv = jnp.ones((read.B, read.rows, Nkv, D), jnp.bfloat16)
+
+        def cudnn(state, kv):
+            out = jax.nn.dot_product_attention(
+                state, kv, kv, key_value_seq_lengths=lengths, implementation="cudnn"
+            )
+            return out, 0
+
+        times["cudnn_bfloat16"] = microseconds(jax.jit(cudnn), q, kv, rounds=rounds)
+    return times | {"bytes": read.bytes_moved}
+
+
+def measure(rounds: int) -> dict[str, Any]:
+    """Times every shape: microseconds per call, and the kernels' share of copy bandwidth."""
+    if reason := backends.unavailable("gpu", NAME):
+        raise CommandError(f"nothing to measure: {reason}.")
+    bandwidth = copy_bandwidth(rounds)
+    rows = {f"write, {name}": _measure_write(n, rounds) for name, n in WRITES.items()}
+    rows |= {f"attention, {name}": _measure_read(read, rounds) for name, read in READS.items()}
+    for row in rows.values():
+        row["share_of_copy"] = row["bytes"] / (row["kernel"] * 1e-6) / bandwidth
+    return {
+        "device": jax.devices()[0].device_kind,
+        "copy_gigabytes_per_second": bandwidth / 1e9,
+        "microseconds": rows,
+    }
+
+
+def report(rounds: int, as_json: bool) -> None:
+    """Measures and prints."""
+    measured = measure(rounds)
+    if as_json:
+        print(json.dumps(measured, indent=2))
+        return
+    copied = measured["copy_gigabytes_per_second"]
+    print(f"{measured['device']}, copy bandwidth {copied:,.0f} GB/s; microseconds per call")
+    names = ("native", "kernel", "xla", "cudnn_bfloat16")
+    print(f"{'':28}" + "".join(f"{name:>16}" for name in (*names, "share_of_copy")))
+    for shape, row in measured["microseconds"].items():
+        cells = [f"{row[name]:,.1f}" if name in row else "" for name in names]
+        cells.append(f"{100 * row['share_of_copy']:.0f} %")
+        print(f"{shape:28}" + "".join(f"{cell:>16}" for cell in cells))

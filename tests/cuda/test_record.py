@@ -1,0 +1,195 @@
+"""The CUDA backend without a GPU: what is said of it, what it refuses, what is lowered for it."""
+
+import functools
+import warnings
+
+import jax
+import jax.numpy as jnp
+import pytest
+from support import calls, hlo
+from support.internals import AttentionOperands, backends, cuda, library
+
+from jax_kvcache import (
+    KVCache,
+    PagedKVCache,
+    decode_attention,
+    dequant_rope_quant_kvcache,
+    explain,
+    explain_attention,
+)
+
+CUDA, BOTH = ("cuda",), ("cpu", "cuda")
+UNPROVEN = "have not run on a GPU yet"
+ATTENTION_CALL = "@decode_attention("
+
+
+def write(**options):
+    function = functools.partial(dequant_rope_quant_kvcache, **options)
+    return jax.jit(function, donate_argnames=("k_cache", "v_cache"))
+
+
+def lowered(function, *arguments, platforms=CUDA, **call):
+    return function.trace(*arguments, **call).lower(lowering_platforms=platforms).as_text()
+
+
+def attention_types(D=128, S=1, kind="contiguous", B=4, rows=4096, block=64):
+    cls = KVCache if kind == "contiguous" else PagedKVCache
+    sizes = (B, rows) if kind == "contiguous" else (B * rows // block, block)
+    codes = jax.ShapeDtypeStruct((*sizes, 2, D), jnp.int8)
+    scale = jax.ShapeDtypeStruct((2, D), jnp.float32)
+    cache = cls(codes, codes, scale, scale, None, None, None)
+    call = {"positions": jax.ShapeDtypeStruct((B, S), jnp.int32)}
+    if kind == "paged":
+        call["block_table"] = jax.ShapeDtypeStruct((B, rows // block), jnp.int32)
+    return jax.ShapeDtypeStruct((B, S, 8, D), jnp.bfloat16), cache, call
+
+
+@pytest.mark.parametrize("platform", ["cuda", "gpu"])
+def test_nothing_that_never_ran_is_the_default(platform):
+    q, cache, call = attention_types()
+    answers = [explain(**calls.arguments(), platform=platform)]
+    answers += [explain_attention(q, cache, **call, platform=platform)]
+    for answer in answers:
+        assert answer.implementation == "xla"
+        assert UNPROVEN in answer.reason
+
+
+@pytest.mark.parametrize("platform", ["cuda", "gpu"])
+def test_ffi_is_a_demand(platform):
+    q, cache, call = attention_types()
+    answers = [explain(**calls.arguments(), platform=platform, implementation="ffi")]
+    answers += [explain_attention(q, cache, **call, platform=platform, implementation="ffi")]
+    for answer in answers:
+        assert answer.implementation == "ffi"
+        assert "takes this call when it is lowered for another machine" in answer.reason
+
+
+def test_turning_it_on_is_one_line(monkeypatch):
+    monkeypatch.setattr(cuda, "PROVEN_ON", "NVIDIA H100")
+    assert explain(**calls.arguments(), platform="cuda").implementation == "ffi"
+    assert hlo.NATIVE_CALL in lowered(write(), **calls.arguments())
+    assert cuda.report()["taken by default"] == "yes, shown on NVIDIA H100"
+
+
+@pytest.mark.parametrize("platforms", [CUDA, BOTH], ids=str)
+def test_none_lowers_the_reference_silently(platforms):
+    q, cache, call = attention_types()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        text = lowered(write(), **calls.arguments(), platforms=platforms)
+        attention = lowered(jax.jit(decode_attention), q, cache, **call, platforms=CUDA)
+    assert text.count(hlo.NATIVE_CALL) == (platforms == BOTH)  # the CPU's
+    assert "stablehlo.scatter" in text
+    assert ATTENTION_CALL not in attention
+
+
+@pytest.mark.parametrize("platforms", [CUDA, BOTH], ids=str)
+def test_the_write_is_lowered_in_place(platforms):
+    function = write(kv_output=True, implementation="ffi")
+    text = lowered(function, **calls.arguments(), platforms=platforms)
+    lines = [line for line in text.splitlines() if hlo.NATIVE_CALL in line]
+    assert len(lines) == len(platforms)
+    for line in lines:
+        assert "mhlo.backend_config = {kv_output = true}" in line
+        for result in (3, 4):
+            assert f"output_tuple_indices = [{result}], operand_index = {result}," in line
+    assert "tf.aliasing_output = 3" in text
+    assert "tf.aliasing_output = 4" in text
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "paged"])
+def test_attention_is_lowered_with_scratch(kind):
+    q, cache, call = attention_types(kind=kind)
+    function = jax.jit(functools.partial(decode_attention, implementation="ffi", return_lse=True))
+    text = lowered(function, q, cache, **call)
+    [line] = [line for line in text.splitlines() if ATTENTION_CALL in line]
+    # 8 blocks of threads without splits, and 4096 rows: 32 splits of 128 rows
+    results = line.rsplit("->", 1)[1]
+    scratch = 32 * 4 * 8 * (128 + 3)
+    assert f"(tensor<4x1x8x128xbf16>, tensor<4x1x8xf32>, tensor<{scratch}xf32>)" in results
+    for name in ("scale", "window", "soft_cap", "return_lse"):
+        assert f"{name} = " in line
+    copies = ("reshape", "transpose", "broadcast_in_dim", "concatenate")
+    codes = "x2x128xi8>"
+    for line in text.splitlines():
+        assert not (codes in line and any(f"stablehlo.{op}" in line for op in copies)), line
+
+
+@pytest.mark.parametrize("platforms", [CUDA, BOTH], ids=str)
+def test_export(platforms):
+    target = jax.export.DisabledSafetyCheck.custom_call("dequant_rope_quant_kvcache")
+    exported = jax.export.export(
+        write(implementation="ffi"), platforms=platforms, disabled_checks=[target]
+    )
+    again = jax.export.deserialize(exported(**calls.arguments()).serialize())
+    assert again.platforms == platforms
+    assert again.mlir_module().count("tf.aliasing_output") == 2
+
+
+def test_export_of_attention_with_symbolic_sizes():
+    target = jax.export.DisabledSafetyCheck.custom_call("decode_attention")
+    b, rows = jax.export.symbolic_shape("b, rows")
+    q, cache, call = attention_types(B=b, rows=rows)
+    function = jax.jit(functools.partial(decode_attention, implementation="ffi"))
+    exported = jax.export.export(function, platforms=CUDA, disabled_checks=[target])
+    assert "decode_attention" in exported(q, cache, **call).mlir_module()
+
+
+def operands(D=128, S=1, B=1, rows=4096, Nq=8, Nkv=2):
+    types = {
+        "q": (B, S, Nq, D), "k_cache": (B, rows, Nkv, D), "table": (B, 1), "positions": (B, S),
+    }  # fmt: skip
+    arrays = {name: jax.ShapeDtypeStruct(shape, jnp.int8) for name, shape in types.items()}
+    return AttentionOperands(**dict.fromkeys(AttentionOperands._fields) | arrays)
+
+
+REFUSED = {
+    "the CUDA kernel takes D = 64, 80, 96, 112, 128, 192, 256, got D = 72": {"D": 72},
+    "the CUDA kernel takes S <= 16 queries per sequence, got S = 17": {"S": 17},
+    "the CUDA kernel numbers rows in 32 bits, got 4294967296 rows": {"rows": 2**32},
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_refusals(reason):
+    assert cuda.attention_refusal(operands(**REFUSED[reason])) == reason
+    assert cuda.attention_refusal(operands()) is None
+
+
+def test_a_refused_call_raises_or_is_explained():
+    q, cache, call = attention_types(D=72)
+    answer = explain_attention(q, cache, **call, platform="cuda", implementation="ffi")
+    assert answer.implementation is None
+    function = jax.jit(functools.partial(decode_attention, implementation="ffi"))
+    with pytest.raises(NotImplementedError, match="the CUDA kernel takes D = 64, 80"):
+        lowered(function, q, cache, **call)
+
+
+def test_splits():
+    def splits(**sizes):
+        return cuda.attention_splits(operands(**sizes))
+
+    assert splits(B=1, rows=32768) == 128  # 2 blocks of threads fill no card
+    assert splits(B=64, rows=2048) == 4
+    assert splits(B=256, rows=2048) == 1
+    assert splits(B=256, rows=65536) == 16  # one long sequence among short ones
+    assert splits(B=1, rows=100) == 1
+    assert cuda.attention_scratch(operands(B=256, rows=2048))[0].shape == (0,)
+
+
+def test_a_library_without_cuda_says_so(monkeypatch):
+    monkeypatch.setattr(cuda, "_has", lambda symbol: False)
+    assert "built without CUDA" in cuda.unavailable()
+    assert "built without CUDA" in cuda.report()["kernels"]
+    registered = []
+    monkeypatch.setattr(jax.ffi, "register_ffi_target", lambda *a, **k: registered.append(a))
+    cuda.register(cuda.CUDA)
+    assert registered == []
+
+
+def test_without_a_gpu_it_is_not_available():
+    assert backends.unavailable("gpu", "decode_attention") in (
+        "this process has no NVIDIA GPU",
+        "the native library was built without CUDA, because no nvcc was found",
+    )
+    assert library.missing() is None
