@@ -46,7 +46,7 @@ expected=$(hash_of "$work/release/tests/${operator}_kernel_test")
 if has clang-tidy "C++ lint"; then
   # The kernels are left out: most of what is reported there is in the compilers' intrinsics. cann_check.cc
   # needs CANN's headers.
-  find core cpu ascend bench -name '*.cc' ! -name '*_variant.cc' ! -name cann_check.cc -print0 |
+  find core cpu cuda ascend bench -name '*.cc' ! -name '*_variant.cc' ! -name cann_check.cc -print0 |
     xargs -0 clang-tidy --quiet -p "$work/release" 2> "$work/tidy.log" || {
     cat "$work/tidy.log"
     exit 1

@@ -1,5 +1,6 @@
 """Tables of the rotary position embedding, in the shape that the operator takes."""
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -71,16 +72,13 @@ def rope_tables(
         )
     parameters = read_rope_parameters(rope_parameters, theta)
     frequencies, factor = parameters.frequencies(int(head_dim), seq_len)
-    cos, sin = _cos_and_sin(positions, frequencies)  # [B, S, r/2]
-    if factor != 1:
-        cos, sin = cos * jnp.float32(factor), sin * jnp.float32(factor)
-    still = ((0, 0), (0, 0), (0, int(head_dim) // 2 - len(frequencies)))
-
-    def table(turning: jax.Array, constant: float) -> jax.Array:
-        half = jnp.pad(turning, still, constant_values=constant)
-        return jnp.concatenate([half, half], axis=-1)[:, :, None, :].astype(dtype)
-
-    return table(cos, 1.0), table(sin, 0.0)
+    return _tables(
+        positions,
+        frequencies=tuple(frequencies.tolist()),
+        factor=factor,
+        half=int(head_dim) // 2,
+        dtype=jnp.dtype(dtype),
+    )
 
 
 def _check_positions(positions: ArrayLike) -> ArrayLike:
@@ -88,8 +86,9 @@ def _check_positions(positions: ArrayLike) -> ArrayLike:
     if not isinstance(positions, jax.Array):
         positions = np.asarray(positions)
         if positions.dtype.kind in "iu" and positions.size:
-            if positions.max() > INT32_MAX or positions.min() < -INT32_MAX:
-                raise ValueError(f"`positions` must fit into int32, got {positions.max()}.")
+            if positions.max() > INT32_MAX or positions.min() < -INT32_MAX - 1:
+                worst = max(int(positions.max()), int(positions.min()), key=abs)
+                raise ValueError(f"`positions` must fit into int32, got {worst}.")
             positions = positions.astype(np.int32)
     if positions.ndim != 2 or not jnp.issubdtype(positions.dtype, jnp.integer):
         raise TypeError(
@@ -99,14 +98,39 @@ def _check_positions(positions: ArrayLike) -> ArrayLike:
     return positions
 
 
-def _cos_and_sin(positions: ArrayLike, frequencies: np.ndarray) -> tuple[jax.Array, jax.Array]:
+@functools.partial(jax.jit, static_argnames=("frequencies", "factor", "half", "dtype"))
+def _tables(
+    positions: ArrayLike,
+    *,
+    frequencies: tuple[float, ...],
+    factor: float,
+    half: int,
+    dtype: DTypeLike,
+) -> tuple[jax.Array, jax.Array]:
+    """The tables, where the first r/2 = len(frequencies) of D/2 = `half` pairs turn."""
+    cos, sin = _cos_and_sin(positions, frequencies)  # [B, S, r/2]
+    if factor != 1:
+        cos, sin = cos * jnp.float32(factor), sin * jnp.float32(factor)
+    still = ((0, 0), (0, 0), (0, half - len(frequencies)))
+
+    def table(turning: jax.Array, constant: float) -> jax.Array:
+        padded = jnp.pad(turning, still, constant_values=constant)
+        return jnp.concatenate([padded, padded], axis=-1)[:, :, None, :].astype(dtype)
+
+    return table(cos, 1.0), table(sin, 0.0)
+
+
+def _cos_and_sin(
+    positions: ArrayLike, frequencies: tuple[float, ...]
+) -> tuple[jax.Array, jax.Array]:
     """cos and sin of position * frequency, [B, S, r/2] float32.
 
     The product is made modulo a whole turn with 32-bit integers alone, which wrap around exactly on
     every platform. (In float32 the product of position 2**24 and frequency 1 is off by a radian,
     and what XLA fuses or reorders would break a product of split floats.)
     """
-    high, low = _turns_per_position(frequencies)
+    words = _turns_per_position(frequencies)
+    high, low = (jnp.asarray(word)[None, None, :] for word in words)
     positions = jnp.asarray(positions).astype(jnp.int32)[:, :, None]
     position = jnp.abs(positions).astype(jnp.uint32)
     fraction, carried = position * low, _high_word(position, low)
@@ -123,10 +147,10 @@ def _cos_and_sin(positions: ArrayLike, frequencies: np.ndarray) -> tuple[jax.Arr
     return cos, sin
 
 
-def _turns_per_position(frequencies: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _turns_per_position(frequencies: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
     """Each frequency / (2 pi) modulo 1, in units of 2**-64, as its two 32-bit words."""
     words = []
-    for frequency in frequencies.tolist():
+    for frequency in frequencies:
         numerator, denominator = frequency.as_integer_ratio()
         turns = ((numerator * _INVERSE_TWO_PI // denominator >> 127) + 1) >> 1  # to nearest
         words.append(divmod(turns % 2**64, 2**32))
@@ -134,7 +158,7 @@ def _turns_per_position(frequencies: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return high, low
 
 
-def _high_word(a: jax.Array, b: np.ndarray) -> jax.Array:
+def _high_word(a: jax.Array, b: jax.Array) -> jax.Array:
     """The high 32 bits of the 64-bit product of two uint32, from products of 16-bit halves."""
     a0, a1, b0, b1 = a & 0xFFFF, a >> 16, b & 0xFFFF, b >> 16
     middle = a1 * b0 + ((a0 * b0) >> 16)
@@ -195,11 +219,11 @@ def permute_for_rope(
         raise ValueError(
             f"`rotary_dim` must be even and in (0, `head_dim` = {head_dim}], got {rotary_dim}."
         )
-    columns, passed = np.arange(head_dim), np.arange(turning, head_dim)
+    own, passed = np.arange(head_dim), np.arange(turning, head_dim)
     if interleaved:
-        first, second = columns[0:turning:2], columns[1:turning:2]
+        first, second = own[0:turning:2], own[1:turning:2]
     else:
-        first, second = columns[: turning // 2], columns[turning // 2 : turning]
+        first, second = own[: turning // 2], own[turning // 2 : turning]
     half = len(passed) // 2
     order = np.concatenate([first, passed[:half], second, passed[half:]])
 
@@ -210,7 +234,9 @@ def permute_for_rope(
                 f"`arrays` must have whole heads along axis {axis}, a multiple of `head_dim` = "
                 f"{head_dim}, got {width} in shape {list(array.shape)}."
             )
-        heads = np.arange(0, width, head_dim)[:, None]
-        return array.take((heads + order).reshape(-1), axis=axis)
+        columns = (np.arange(0, width, head_dim)[:, None] + order).reshape(-1)
+        if isinstance(array, jax.Array):
+            return jnp.take(array, jnp.asarray(columns), axis=axis)
+        return np.take(array, columns, axis=axis)
 
     return RopePermutation(order, jax.tree.map(permute, arrays))

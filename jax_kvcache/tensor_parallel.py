@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 from jax_kvcache.ops.checks import INT32, check_array
 from jax_kvcache.ops.dequant_rope_quant_kvcache.checks import check_splits
 from jax_kvcache.ops.dequant_rope_quant_kvcache.columns import check_number
+from jax_kvcache.ops.explicit import automatically, spec_of
 from jax_kvcache.ops.slots import INT32_MAX, axes_named, shard_slots
 
 # Smaller heads are those of toy models, which have few of them.
@@ -65,6 +66,10 @@ def _column_order(width, size_splits, shards, head_dim) -> np.ndarray:
     return np.concatenate([b.reshape(shards, -1) for b in blocks], axis=1).reshape(-1)
 
 
+def _permuted(w: jax.Array, order: np.ndarray) -> jax.Array:
+    return automatically(lambda w: w[..., order], spec_of(w), w)
+
+
 def interleave_qkv_for_tensor_parallel(
     w: ArrayLike, size_splits: Sequence[int], shards: int, *, head_dim: int | None = None
 ) -> jax.Array:
@@ -96,7 +101,7 @@ def interleave_qkv_for_tensor_parallel(
         whole heads.
     """
     w = jnp.asarray(w)
-    return w[..., _column_order(w.shape[-1], size_splits, shards, head_dim)]
+    return _permuted(w, _column_order(w.shape[-1], size_splits, shards, head_dim))
 
 
 def deinterleave_qkv_for_tensor_parallel(
@@ -108,7 +113,7 @@ def deinterleave_qkv_for_tensor_parallel(
       [..., H] in the plain order [q | k | v].
     """
     w = jnp.asarray(w)
-    return w[..., np.argsort(_column_order(w.shape[-1], size_splits, shards, head_dim))]
+    return _permuted(w, np.argsort(_column_order(w.shape[-1], size_splits, shards, head_dim)))
 
 
 def local_slots(indices: ArrayLike, rows: int, axis_name: str | tuple[str, ...]) -> jax.Array:

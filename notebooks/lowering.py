@@ -226,7 +226,7 @@ def pick(call):
 
 
 def per_device(caches, others):
-    result = jax_kvcache.dequant_rope_quant_kvcache(**caches, **others)
+    result = jax_kvcache.dequant_rope_quant_kvcache(**caches, **others, qkv_shards=2)
     return result.q, result.k_cache, result.v_cache
 
 

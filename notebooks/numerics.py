@@ -17,9 +17,9 @@ import numpy as np
 
 from jax_kvcache import numerics
 from jax_kvcache.checkpoints import load_demo
+from jax_kvcache.model import calibrate as demo_model
 from jax_kvcache.model import forward_float
 from jax_kvcache.model.evaluate import cut_windows
-from jax_kvcache.numerics import demo_model
 
 plt.rcParams.update({"figure.dpi": 80, "font.size": 11, "axes.grid": True, "grid.alpha": 0.3})
 BLUE, ORANGE, GREEN, VERMILION, PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7"
@@ -99,7 +99,7 @@ assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), merge
 kv = jax.jit(demo_model.keys_and_values)(model, held_out[:4].reshape(-1, config.context))
 k_after, v = (np.asarray(kv[name][:BATCH]) for name in "kv")  # [B, S, L, Nkv, D]
 half = config.head_dim // 2
-frequency = config.rope_theta ** -(np.arange(half) / half)
+frequency = config.rope.theta ** -(np.arange(half) / half)
 angle = np.arange(config.context)[:, None] * frequency  # [S, half]
 cos, sin = (f(angle)[None, :, None, None, :] for f in (np.cos, np.sin))
 first, second = k_after[..., :half], k_after[..., half:]

@@ -228,3 +228,97 @@ print(
 in_bfloat16 = 2 * (cache.k_cache.size + cache.v_cache.size)
 print(f"cache: {cache.nbytes:,} bytes with its scales, {in_bfloat16:,} in bfloat16")
 assert cache.nbytes < 0.52 * in_bfloat16
+
+# %% [markdown]
+# ## Time per token against context length
+#
+# One layer of a decode step, write and attention, in the shape of an 8 B model (32 query heads, 8
+# key/value heads of 128), for four sequences. The int8 cache through the native kernels and through
+# XLA, and `jax.nn.dot_product_attention` over caches of numbers. Each point is the fastest of some
+# runs, since other programs may share the machine.
+
+# %%
+from time import perf_counter
+
+SEQUENCES, Q_HEADS, KV_HEADS, HEAD = 4, 32, 8, 128
+WIDTH = (Q_HEADS + 2 * KV_HEADS) * HEAD
+LENGTHS = (512, 1024, 2048, 4096)
+new_x = jax.random.normal(jax.random.key(0), (SEQUENCES, 1, WIDTH))
+
+
+def int8_step(implementation):
+    def step(cache, position):
+        tables = jax_kvcache.rope_tables(position[:, None], HEAD, dtype=jnp.float32)
+        q, cache = cache.update(new_x, *tables, position, implementation=implementation)
+        out = jax_kvcache.decode_attention(
+            q, cache, lengths=position + 1, implementation=implementation
+        )
+        return out, cache
+
+    def empty(length):
+        step_of_code = jnp.full((KV_HEADS, HEAD), 0.03)
+        return jax_kvcache.KVCache.create(
+            SEQUENCES, length, KV_HEADS, HEAD, scale_k=step_of_code, scale_v=step_of_code
+        )
+
+    return step, empty
+
+
+def float_step(dtype):
+    def step(cache, position):
+        tables = jax_kvcache.rope_tables(position[:, None], HEAD, dtype=jnp.float32)
+        heads = new_x.reshape(SEQUENCES, 1, -1, HEAD)
+        low, high = jnp.split(heads[:, :, :-KV_HEADS], 2, axis=-1)
+        turned = jnp.concatenate([-high, low], axis=-1)
+        q, k = jnp.split(
+            heads[:, :, :-KV_HEADS] * tables[0] + turned * tables[1], [Q_HEADS], axis=2
+        )
+        batch = jnp.arange(SEQUENCES)[:, None]
+        new = (k, heads[:, :, -KV_HEADS:])
+        cache = tuple(
+            c.at[batch, position[:, None]].set(n.astype(dtype))
+            for c, n in zip(cache, new, strict=True)
+        )
+        attend = jax.nn.dot_product_attention
+        return attend(q.astype(dtype), *cache, key_value_seq_lengths=position + 1), cache
+
+    def empty(length):
+        return tuple(jnp.zeros((SEQUENCES, length, KV_HEADS, HEAD), dtype) for _ in "kv")
+
+    return step, empty
+
+
+def milliseconds(step, empty, length, runs=7):
+    """The fastest of some steps at the end of a cache of so many rows."""
+    step, cache, best = jax.jit(step, donate_argnums=0), empty(length), np.inf
+    position = jnp.full((SEQUENCES,), length - 1, jnp.int32)
+    for _ in range(runs):
+        start = perf_counter()
+        _, cache = jax.block_until_ready(step(cache, position))
+        best = min(best, perf_counter() - start)
+    return 1e3 * best
+
+
+contestants = {
+    "int8, native": int8_step("ffi"),
+    "int8, XLA": int8_step("xla"),
+    "bfloat16": float_step(jnp.bfloat16),
+    "float32": float_step(jnp.float32),
+}
+times = {name: [milliseconds(*c, n) for n in LENGTHS] for name, c in contestants.items()}
+_, axis = plt.subplots(figsize=(7, 3.8), layout="constrained")
+colors = ("#D55E00", "#E69F00", "#0072B2", "#009E73")  # Okabe-Ito
+for (name, values), color in zip(times.items(), colors, strict=True):
+    axis.plot(LENGTHS, values, "o-", color=color, label=name)
+axis.set(
+    xscale="log",
+    yscale="log",
+    xlabel="rows in use of each sequence",
+    ylabel="ms per layer and step",
+)
+axis.set_xticks(LENGTHS, LENGTHS)
+axis.minorticks_off()
+axis.legend()
+plt.show()
+for name, values in times.items():
+    print(f"{name:13}", "".join(f"{value:9.2f}" for value in values))

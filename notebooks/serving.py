@@ -21,10 +21,10 @@ from jax.sharding import PartitionSpec as P
 
 import jax_kvcache
 from jax_kvcache import numerics
-from jax_kvcache.model import load_model
+from jax_kvcache.checkpoints import load_demo
 
 jax.config.update("jax_num_cpu_devices", 2)
-model = load_model()
+model = load_demo()
 config = model.config
 L, Nq, Nkv, D = config.n_layers, config.n_q_heads, config.n_kv_heads, config.head_dim
 BATCH, BLOCKS, BLOCK = 4, 48, 8  # requests in a step; blocks of the cache, and their rows
@@ -45,32 +45,28 @@ def norm(x, gain):
 
 
 def forward(model, cache, tokens, positions, table, axis=None, own_rows_only=False):
-    """Logits [B, S, vocab], the cache, and every layer's k and v [L, B, S, Nkv, D]."""
-    cos, sin = jax_kvcache.rope_tables(positions, D, config.rope_theta, jnp.bfloat16)
-
-    def layer(carry, inputs):
-        (x, cache), (index, w) = carry, inputs
-        h = norm(x, w["norm1"])
-        activation_scale = jnp.max(jnp.abs(h), -1) / 127
-        codes = jnp.rint(h / activation_scale[..., None]).astype(jnp.int8)
-        accumulators = jnp.matmul(codes, w["wqkv"], preferred_element_type=jnp.int32)
+    """Logits [B, S, vocab], the cache, and every layer's k and v [B, S, L, Nkv, D]."""
+    cos, sin = jax_kvcache.rope_tables(positions, D, config.rope.theta, jnp.bfloat16)
+    shards = None if axis is None else jax.lax.axis_size(axis)
+    x, seen = model.embed[tokens], []
+    for index, layer in enumerate(model.layers):
+        accumulators = layer.qkv[0].project(norm(x, layer.norm1))  # int32, and their scales
         q, k, v, cache = cache.update(
-            accumulators, cos, sin, positions, weight_scale=w["wqkv_scale"], bias=w["bqkv"],
-            activation_scale=activation_scale, block_table=table, layer=index, kv_output=True,
+            **accumulators._asdict(), cos=cos, sin=sin, positions=positions, block_table=table,
+            layer=index, qkv_shards=shards, kv_output=True,
         )  # fmt: skip
         heads = jax_kvcache.decode_attention(
             q.astype(jnp.float32), cache, positions=positions, block_table=table, layer=index
         )
         if own_rows_only:  # before there are scales: attention over k and v as they are
             heads = jax.nn.dot_product_attention(q, k, v, is_causal=True).astype(jnp.float32)
-        mixed = heads.reshape(*tokens.shape, -1) @ w["wo"]
+        mixed = layer.o(heads.reshape(*tokens.shape, -1))
         x = x + (mixed if axis is None else jax.lax.psum(mixed, axis))
-        h = norm(x, w["norm2"])
-        return (x + (jax.nn.silu(h @ w["wgate"]) * (h @ w["wup"])) @ w["wdown"], cache), (k, v)
-
-    carry = (model.embed[tokens], cache)
-    (x, cache), kv = jax.lax.scan(layer, carry, (jnp.arange(L), model.layers))
-    return norm(x, model.norm_f) @ model.embed.T, cache, kv
+        h = norm(x, layer.norm2)
+        x = x + layer.down(jax.nn.silu(layer.gate(h)) * layer.up(h))
+        seen.append((k, v))
+    k, v = (jnp.stack(arrays, axis=2) for arrays in zip(*seen, strict=True))
+    return norm(x, model.norm_f) @ model.embed.T, cache, (k, v)
 
 
 def step(model, cache, tokens, positions, table, copies, axis=None):
@@ -234,14 +230,24 @@ assert server.steps - steps < steps / 2
 interleave = functools.partial(
     jax_kvcache.interleave_qkv_for_tensor_parallel, size_splits=(Nq * D, Nkv * D, Nkv * D), shards=2
 )
-QKV = ("wqkv", "wqkv_scale", "bqkv")
-split = dict(wqkv=P(None, None, "tp"), wqkv_scale=P(None, "tp"), bqkv=P(None, "tp"),
-             wo=P(None, "tp"))  # fmt: skip
-layers = {name: interleave(w) if name in QKV else w for name, w in model.layers.items()}
+
+
+def split(layer):
+    """A layer with its columns in order, and the PartitionSpecs of its arrays."""
+    (qkv,) = layer.qkv
+    weight = interleave(qkv.weight.T).T  # [H, d_model]: its rows are the columns of x
+    ordered = type(qkv)(weight, interleave(qkv.weight_scale), interleave(qkv.bias))
+    specs = dataclasses.replace(
+        jax.tree.map(lambda _: P(), layer),
+        qkv=(type(qkv)(P("tp"), P("tp"), P("tp")),),
+        o=dataclasses.replace(layer.o, weight=P(None, "tp")),
+    )
+    return dataclasses.replace(layer, qkv=(ordered,)), specs
+
+
+layers, layer_specs = zip(*map(split, model.layers), strict=True)
 parallel = dataclasses.replace(model, layers=layers)
-model_specs = dataclasses.replace(
-    jax.tree.map(lambda _: P(), model), layers={name: split.get(name, P()) for name in layers}
-)
+model_specs = dataclasses.replace(jax.tree.map(lambda _: P(), model), layers=layer_specs)
 cache_specs = jax.tree.map(lambda a: P(*[None] * (a.ndim - 2), "tp"), server.cache)
 mesh = jax.make_mesh((2,), ("tp",), (jax.sharding.AxisType.Auto,))
 parallel_step = jax.shard_map(
@@ -268,7 +274,7 @@ print({d.device.id: d.data.shape for d in server.cache.k_cache.addressable_shard
 def observe(observers, cache, tokens, positions, table):
     _, _, kv = forward(model, cache, tokens, positions, table, own_rows_only=True)
     was_read = (positions >= 0)[:, :, None, None, None]
-    k, v = (jnp.where(was_read, jnp.moveaxis(a, 0, 2), jnp.nan) for a in kv)
+    k, v = (jnp.where(was_read, a, jnp.nan) for a in kv)
     return numerics.observe(observers, {"k": k, "v": v})
 
 
@@ -296,21 +302,16 @@ assert own[0] == together[0]
 
 # %%
 server = Server(model, scales)
-arguments = (server.cache, *server.arrays({server.allocator.allocate(): PROMPTS[0]}))
-leaves, structure = jax.tree.flatten(arguments)
-
-
-def of_leaves(*leaves):
-    return jax.tree.leaves(step(model, *jax.tree.unflatten(structure, leaves)))
-
-
-custom_call = jax.export.DisabledSafetyCheck.custom_call
+arguments = server.arrays({server.allocator.allocate(): PROMPTS[0]})
 program = jax.export.export(
-    jax.jit(of_leaves, donate_argnums=(0, 1)),
-    disabled_checks=[custom_call("dequant_rope_quant_kvcache"), custom_call("decode_attention")],
-)(*leaves)
+    jax.jit(functools.partial(step, model), donate_argnums=0),
+    disabled_checks=jax_kvcache.disabled_export_checks(),
+)(server.cache, *arguments)
 blob = program.serialize()
-following, *_ = jax.jit(jax.export.deserialize(blob).call, donate_argnums=(0, 1))(*leaves)
-print(f"{len(blob):,} bytes; the next byte is {bytes([int(following[0, len(PROMPTS[0]) - 1])])}")
-assert following[0, len(PROMPTS[0]) - 1] == together[0][len(PROMPTS[0])]
-assert leaves[0].is_deleted()
+
+run = jax.jit(jax.export.deserialize(blob).call, donate_argnums=0)
+following, cache = run(server.cache, *arguments)
+last = following[0, len(PROMPTS[0]) - 1]
+print(f"{len(blob):,} bytes; the next byte is {bytes([int(last)])}", cache, sep="\n")
+assert last == together[0][len(PROMPTS[0])]
+assert server.cache.k_cache.is_deleted()

@@ -161,7 +161,8 @@ def compiled_whole(layout, kind):
 #
 # - Each device needs the q, k and v columns of its own heads. `interleave_qkv_for_tensor_parallel`
 #   puts the columns into that order, once, when the weights are loaded: in the projection's weight,
-#   in `weight_scale` and in `bias`. Here it is applied to `x` itself.
+#   in `weight_scale` and in `bias`. Here it is applied to `x` itself. `qkv_shards` says so to the
+#   operator, which compares it with the mesh; x as a tuple (q, k, v) would need no order at all.
 # - A slot of a paged cache is a row number counted through all blocks. `local_slots` turns it into
 #   the row number within this device's blocks, or into -1, which writes nothing, where the row is
 #   another device's.
@@ -189,7 +190,7 @@ def compiled_manual(layout):
         if "local_slots" in todo:
             rows = math.prod(call["k_cache"].shape[:2])
             call["indices"] = jax_kvcache.local_slots(call["indices"], rows, todo["local_slots"])
-        result = operator(layout)(**call)
+        result = operator(layout)(**call, qkv_shards=2)
         if "all_gather" in todo:  # of q, k and v keep the tokens that the device came with
             own = B // jax.lax.axis_size(todo["all_gather"])
             start = own * jax.lax.axis_index(todo["all_gather"])
@@ -294,8 +295,8 @@ print("bytes that each of the 2 x 2 devices receives in one call", *lines, sep="
 #
 # ## Two ways to go wrong
 #
-# An interleaved `x` outside `jax.shard_map` gives **wrong results without an error**: the operator
-# sees the whole array there, and its columns have to be in the plain order.
+# An interleaved `x` outside `jax.shard_map` gives wrong results: the operator sees the whole array
+# there, and its columns have to be in the plain order. With `qkv_shards` it is an error.
 
 # %%
 layout = LAYOUTS["batch_heads"]

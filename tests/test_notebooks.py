@@ -12,7 +12,7 @@ pytest.importorskip("nbclient", reason="the `notebooks` extra is not installed")
 pytest.importorskip("ipykernel", reason="the `notebooks` extra is not installed")
 
 FOLDER = pathlib.Path(__file__).parent.parent / "notebooks"
-NAMES = ("quickstart", "numerics", "lowering", "exactness", "sharding")
+NAMES = ("quickstart", "numerics", "lowering", "exactness", "sharding", "serving")
 CELL_TIMEOUT = 300  # seconds; a notebook takes less than 90 on two idle cores
 
 

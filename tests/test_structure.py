@@ -20,6 +20,7 @@ LAYERS = [
     "_compat",
     "ops.slots",
     "ops.indexing",
+    "ops.explicit",
     "ops.checks",
     "ops.operands",
     "backends",

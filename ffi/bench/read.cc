@@ -52,6 +52,6 @@ JAX_KVCACHE_EXPORT XLA_FFI_Error* jax_kvcache_read(XLA_FFI_CallFrame* call_frame
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_kvcache_read, jax_kvcache::Read,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
-                                  .Arg<xla::ffi::Buffer<xla::ffi::S8>>()  // k_cache
-                                  .Arg<xla::ffi::Buffer<xla::ffi::S8>>()  // v_cache
+                                  .Arg<xla::ffi::Buffer<xla::ffi::S8>>()     // k_cache
+                                  .Arg<xla::ffi::Buffer<xla::ffi::S8>>()     // v_cache
                                   .Ret<xla::ffi::Buffer<xla::ffi::U32>>());  // the sum

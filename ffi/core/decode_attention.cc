@@ -72,8 +72,7 @@ class Checker : private Checks {
     shape_.block_rows = k.dims[k.rank - 3];
     shape_.blocks = 1;
     for (int64_t i = g; i < k.rank - 3; ++i) shape_.blocks *= k.dims[i];
-    if (k.dims[k.rank - 1] != shape_.head_dim ||
-        shape_.num_q_heads % shape_.num_kv_heads != 0) {
+    if (k.dims[k.rank - 1] != shape_.head_dim || shape_.num_q_heads % shape_.num_kv_heads != 0) {
       return FailShape("k_cache",
                        "[*g', *n, R, Nkv, D] with D = " + std::to_string(shape_.head_dim) +
                            " and Nkv a divisor of Nq = " + std::to_string(shape_.num_q_heads),
@@ -142,8 +141,8 @@ class Checker : private Checks {
     shape_.soft_cap = call_.soft_cap;
     shape_.return_lse = call_.return_lse;
     if (call_.window < 0) {
-      return Fail("window", "must be 0 (no window) or more rows, got " +
-                                std::to_string(call_.window) + ".");
+      return Fail("window",
+                  "must be 0 (no window) or more rows, got " + std::to_string(call_.window) + ".");
     }
     if (!(call_.soft_cap >= 0.0f) || std::isinf(call_.soft_cap)) {
       return Fail("soft_cap", "must be 0 (no cap) or a finite number above 0, got " +
@@ -160,9 +159,9 @@ class Checker : private Checks {
       return false;
     }
     if (shape_.return_lse) {
-      return HasShape("lse", lse,
-                      PerGroup("[*g, B, S, Nq]",
-                               {shape_.sequences, shape_.queries, shape_.num_q_heads}));
+      return HasShape(
+          "lse", lse,
+          PerGroup("[*g, B, S, Nq]", {shape_.sequences, shape_.queries, shape_.num_q_heads}));
     }
     return IsAbsent(lse) || FailShape("lse", "[0]", lse);
   }
@@ -177,8 +176,8 @@ class Checker : private Checks {
   }
 
   ExpectedShape QueryShape() const {
-    return PerGroup("[*g, B, S, Nq, D]", {shape_.sequences, shape_.queries, shape_.num_q_heads,
-                                          shape_.head_dim});
+    return PerGroup("[*g, B, S, Nq, D]",
+                    {shape_.sequences, shape_.queries, shape_.num_q_heads, shape_.head_dim});
   }
 
   ExpectedShape PerGroup(const char* symbols, std::initializer_list<int64_t> rest) const {

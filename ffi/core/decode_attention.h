@@ -1,5 +1,5 @@
-// Owns the native call of decode_attention: its operands and results, its shape, and the checks that
-// every platform makes first.
+// Owns the native call of decode_attention: its operands and results, its shape, and the checks
+// that every platform makes first.
 #ifndef JAX_KVCACHE_FFI_CORE_DECODE_ATTENTION_H_
 #define JAX_KVCACHE_FFI_CORE_DECODE_ATTENTION_H_
 
@@ -14,8 +14,8 @@ namespace jax_kvcache::decode_attention {
 // The FFI target's name on every platform, and the first word of every error.
 inline constexpr char kOperator[] = "decode_attention";
 
-// Operands in the order of the call, each with "dimensions; element types". Arrays are row-major and
-// dense. *g: group dimensions, possibly none, G groups in all; *g': as many dimensions, each 1
+// Operands in the order of the call, each with "dimensions; element types". Arrays are row-major
+// and dense. *g: group dimensions, possibly none, G groups in all; *g': as many dimensions, each 1
 // (shared by all groups) or that of g; *n: block dimensions, at least one, NB blocks per group in
 // all; B sequences of S queries; R rows per block; M blocks per sequence. "or [0]": optional.
 enum Arg : int {
@@ -39,9 +39,9 @@ enum Ret : int {
   kNumRets,
 };
 
-inline constexpr const char* kArgNames[kNumArgs] = {"q",        "k_cache",   "v_cache", "table",
-                                                    "positions", "scale_k",  "scale_v", "offset_k",
-                                                    "offset_v", "sinks"};
+inline constexpr const char* kArgNames[kNumArgs] = {"q",         "k_cache", "v_cache", "table",
+                                                    "positions", "scale_k", "scale_v", "offset_k",
+                                                    "offset_v",  "sinks"};
 inline constexpr const char* kRetNames[kNumRets] = {"out", "lse"};
 
 // One call as it arrives.

@@ -10,7 +10,8 @@
 
 namespace jax_kvcache::decode_attention {
 
-// The arrays of one checked call; shapes and dtypes as in core/decode_attention.h, absent ones null.
+// The arrays of one checked call; shapes and dtypes as in core/decode_attention.h, absent ones
+// null.
 struct Buffers {
   const void* q = nullptr;             // [*g, B, S, Nq, D]
   const int8_t* k_cache = nullptr;     // [*g', NB, R, Nkv, D]
@@ -31,15 +32,15 @@ Buffers ToBuffers(const Call& call, const Shape& shape);
 // A part of a call: some queries of one sequence, over some of its rows, for some kv heads. The
 // query heads of a kv head stay together, since they read the same codes.
 struct Part {
-  int64_t group = 0;
-  int64_t sequence = 0;                          // in [0, B)
-  int64_t query_begin = 0, query_end = 0;        // of S
-  int64_t head_begin = 0, head_end = 0;          // of Nkv
-  int64_t row_begin = 0, row_end = 0;            // in the sequence's own numbering
-  // Several parts may have the same queries and heads and different rows. They are `chunks` in
-  // number, this is number `chunk`, and each leaves partial results, which MergeChunks then joins.
+  int64_t group = 0;                       // in [0, G)
+  int64_t sequence = 0;                    // in [0, B)
+  int64_t query_begin = 0, query_end = 0;  // of S
+  int64_t head_begin = 0, head_end = 0;    // of Nkv
+  int64_t row_begin = 0, row_end = 0;      // in the sequence's own numbering
+  // The rows of a sequence may be cut into chunks. Each leaves partial results, and when all have
+  // done so, they are merged.
   int64_t chunk = 0, chunks = 1;
-  int64_t first_partial = 0;  // where chunk 0's partial results begin, in floats
+  int64_t first_partial = 0;  // where the partial results of chunk 0 begin, in floats
   int64_t counter = 0;        // which of the plan's counters says how many chunks are left
 };
 
@@ -48,35 +49,38 @@ inline int64_t PartQueries(const Shape& shape, const Part& part) {
   return (part.query_end - part.query_begin) * shape.queries_per_kv_head();
 }
 
-// The accumulators of one query, in floats: D, and room for whole vectors of every variant.
-inline int64_t AccumulatorSize(int64_t head_dim) { return (head_dim + 31) / 32 * 32; }
+// The weighted sums of one query row, in floats: D, and room for whole vectors of every variant.
+inline int64_t SumsSize(int64_t head_dim) { return (head_dim + 31) / 32 * 32; }
 
-// A partial result of one query and head: its accumulators, its greatest score, its sum of weights,
-// and what all of its scores lack.
-inline int64_t PartialSize(int64_t head_dim) { return AccumulatorSize(head_dim) + 3; }
+// A partial result of one query row: its sums, its greatest score, its sum of weights, and what its
+// scores lack (see TileState).
+inline int64_t PartialSize(int64_t head_dim) { return SumsSize(head_dim) + 3; }
 
-// The partial results of one chunk of the part.
-inline int64_t PartialsSize(const Shape& shape, const Part& part) {
-  return (part.head_end - part.head_begin) * PartQueries(shape, part) *
-         PartialSize(shape.head_dim);
+// The partial results of one chunk: [Nkv, queries of the part, PartialSize], whichever heads the
+// part has.
+inline int64_t ChunkSize(const Shape& shape, const Part& part) {
+  return shape.num_kv_heads * PartQueries(shape, part) * PartialSize(shape.head_dim);
 }
 
 // From this number of query rows per kv head on, a part's codes are converted to float32 once and
-// kept in the cache for all of them; below it they are converted on their way to the registers.
+// kept in the cache for all of them. Below it they are converted on their way to the registers:
+// faster up to 12, as fast at 16.
 inline constexpr int64_t kManyQueries = 16;
 
-// One instruction set's kernel. Each function runs on the calling thread; parts of one call may run
-// at the same time. A part with one chunk writes its results, others their partial results.
+// One instruction set's kernel. Each function runs on the calling thread; the parts of a call may
+// run at the same time. Tables and positions may have any values: what does not exist is not read.
 struct Kernel {
-  // Floats of scratch memory, aligned to 64 bytes, that the two others need for this part.
+  // How many floats of scratch memory the other two functions need for this part.
   int64_t (*scratch_size)(const Shape& shape, const Part& part);
+  // Writes the part's results, or its partial results if it has several chunks.
   void (*run_part)(const Shape& shape, const Buffers& buffers, const Part& part, float* scratch,
                    float* partials);
-  // Joins the partial results of all chunks of the part and writes the results.
-  void (*merge_chunks)(const Shape& shape, const Buffers& buffers, const Part& part,
-                       float* scratch, const float* partials);
+  // Joins the partial results of all chunks of the part's queries and heads; writes the results.
+  void (*merge_chunks)(const Shape& shape, const Buffers& buffers, const Part& part, float* scratch,
+                       const float* partials);
 };
 
+// The kernel for an instruction set that is supported here.
 const Kernel& SelectKernel(Simd simd);
 
 }  // namespace jax_kvcache::decode_attention

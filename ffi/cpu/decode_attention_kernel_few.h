@@ -1,5 +1,5 @@
-// Owns the two products over a block of rows for few query rows: codes are converted on their way to
-// the registers, once for W query rows.
+// Owns the two products over a block of rows for few query rows: codes are converted on their way
+// to the registers, once for W query rows.
 #ifndef JAX_KVCACHE_FFI_CPU_DECODE_ATTENTION_KERNEL_FEW_H_
 #define JAX_KVCACHE_FFI_CPU_DECODE_ATTENTION_KERNEL_FEW_H_
 
@@ -11,9 +11,9 @@
 namespace jax_kvcache::decode_attention {
 namespace {
 
-// Where the channels of a kv head are in a cache row. They are read as `slots` vectors, of which the
-// last ends with the last channel: it repeats some channels of the one before, whose query values
-// are 0 there.
+// Where the channels of a kv head are in a cache row. They are read as `slots` vectors, of which
+// the last ends with the last channel: it repeats some channels of the one before, whose query
+// values are 0 there.
 struct Channels {
   int64_t first;
   int64_t count;  // at least kLanes
@@ -47,8 +47,8 @@ JAX_KVCACHE_INLINE Vector LoadCentred(const int8_t* codes, const float* centre) 
   }
 }
 
-// scores [count, W] = codes of `count` rows times packed [slots, W, kLanes]. The count is a multiple
-// of kRowsTogether.
+// scores [count, W] = codes of `count` rows times packed [slots, W, kLanes]. The count is a
+// multiple of kRowsTogether.
 template <int W, bool kCentred>
 void ScoreRows(const int8_t* const* rows, int64_t count, Channels channels, const float* packed,
                const float* centre, Ahead ahead, float* scores) {

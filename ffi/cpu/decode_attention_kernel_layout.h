@@ -19,9 +19,9 @@ constexpr int64_t RoundUp(int64_t n, int64_t to) { return (n + to - 1) / to * to
 // queries may be wider, and codes are converted for twice as many at once.
 constexpr int64_t kFewTileWidth = kLanes == 16 ? 8 : 4;
 
-// Rows in a block. Few queries: a short block is read twice, by the two products of all heads, while
-// it is in the level-2 cache together with the next one (16 is 5 to 15 % faster than 64). Many: each
-// block costs a pass over the sums, which weighs more.
+// Rows in a block. Few queries: a short block is read twice, by the two products of all heads,
+// while it is in the level-2 cache together with the next one (16 is 5 to 15 % faster than 64).
+// Many: each block costs a pass over the sums, which weighs more.
 constexpr int64_t kFewBlockRows = kRowsTogether;
 constexpr int64_t kManyBlockRows = kMaxBlockRows;
 
@@ -37,7 +37,7 @@ struct PartSizes {
         tiles((queries + tile_width - 1) / tile_width),
         head_dim(std::max<int64_t>(shape.head_dim, kLanes)),
         slots((head_dim + kLanes - 1) / kLanes),
-        stride(AccumulatorSize(shape.head_dim)) {}
+        stride(SumsSize(shape.head_dim)) {}
 
   // The width W of tile t: the last one may be narrower.
   int64_t Width(int64_t t) const {

@@ -1,5 +1,5 @@
-// Owns the two products over a block of rows for many query rows: the block's codes are converted to
-// float32 once, and both products are matrix multiplications in blocks of registers.
+// Owns the two products over a block of rows for many query rows: the block's codes are converted
+// to float32 once, and both products are matrix multiplications in blocks of registers.
 #ifndef JAX_KVCACHE_FFI_CPU_DECODE_ATTENTION_KERNEL_MANY_H_
 #define JAX_KVCACHE_FFI_CPU_DECODE_ATTENTION_KERNEL_MANY_H_
 
@@ -32,8 +32,8 @@ void ConvertKeys(const int8_t* const* rows, int64_t count, Channels channels, co
 // values [pairs, count, 2, kLanes]: the same by pairs of slots. An odd last slot is paired with
 // itself.
 template <bool kCentred>
-void ConvertValues(const int8_t* const* rows, int64_t count, Channels channels,
-                   const float* centre, float* values) {
+void ConvertValues(const int8_t* const* rows, int64_t count, Channels channels, const float* centre,
+                   float* values) {
   for (int64_t r = 0; r < count; ++r) {
     for (int64_t i = 0; i < channels.slots + channels.slots % 2; ++i) {
       const int64_t slot = std::min(i, channels.slots - 1);
@@ -43,8 +43,8 @@ void ConvertValues(const int8_t* const* rows, int64_t count, Channels channels,
   }
 }
 
-// scores [count, N * kLanes] = keys [count, D] times packed [D, N * kLanes]. The count is a multiple
-// of kRowsTogether.
+// scores [count, N * kLanes] = keys [count, D] times packed [D, N * kLanes]. The count is a
+// multiple of kRowsTogether.
 template <int N>
 void ScoreTile(const float* keys, int64_t count, int64_t head_dim, const float* packed,
                float* scores) {

@@ -98,13 +98,13 @@ JAX_KVCACHE_INLINE void StoreSums(const Vector (&v)[16], float* to) {
                                  _mm512_shuffle_f32x4(quads[0], quads[1], 0xEE));
   const __m512 b = _mm512_add_ps(_mm512_shuffle_f32x4(quads[2], quads[3], 0x44),
                                  _mm512_shuffle_f32x4(quads[2], quads[3], 0xEE));
-  StoreVector(
-      _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xDD)), to);
+  StoreVector(_mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xDD)),
+              to);
 }
 #endif
 
-// x as n + f with an integer n and |f| <= 0.5, and (2^f - 1) with a relative error of 8e-8: f * P(f)
-// with a minimax polynomial P of degree 5, fitted to the relative error of 1 + f * P(f).
+// x as n + f with an integer n and |f| <= 0.5, and (2^f - 1) with a relative error of 8e-8: f *
+// P(f) with a minimax polynomial P of degree 5, fitted to the relative error of 1 + f * P(f).
 struct PowerOfTwo {
   UInts<kLanes> exponent;  // n in the place of a float's exponent
   Vector f_minus;          // 2^f - 1
@@ -128,7 +128,8 @@ JAX_KVCACHE_INLINE Vector Exp2(Vector x) {
   const PowerOfTwo power = SplitPower(clamped);
   const Vector result =
       BitCast<Vector>(BitCast<UInts<kLanes>>(power.f_minus + 1.0f) + power.exponent);
-  return x < least ? Vector{} : result;
+  // Adding to the exponent may make a number of a NaN.
+  return x < least ? Vector{} : (x == x ? result : x);
 }
 
 // tanh(x * ln(2) / 2) = (2^x - 1) / (2^x + 1), with nothing lost near 0.

@@ -48,8 +48,9 @@ inline void Write(const float* from, int64_t count, void* array, DType dtype, in
   }
 }
 
-// Codes lose an integer, the centre, which is as near to the offset as a code can be: (code - centre)
-// is exact and no larger than it has to be. Only the rest of the offset is put right afterwards.
+// Codes lose an integer, the centre, which is as near to the offset as a code can be: (code -
+// centre) is exact and no larger than it has to be. Only the rest of the offset is put right
+// afterwards.
 template <int N>
 JAX_KVCACHE_INLINE Floats<N> Centre(Floats<N> offset) {
   const Floats<N> least = Floats<N>{} - 128.0f;
@@ -148,8 +149,8 @@ class ResultWriter {
     float factor = 1.0f / total;
     float share = 1.0f;  // of the weights, those that have a value
     if (head_.sinks != nullptr) {
-      const double sink = double{head_.sinks[q_head % shape_.queries_per_kv_head()]} / kLn2 -
-                          double{constant};
+      const double sink =
+          double{head_.sinks[q_head % shape_.queries_per_kv_head()]} / kLn2 - double{constant};
       const double most = std::max(sink, double{peak});
       const double shrink = std::exp2(double{peak} - most);
       const double all = double{total} * shrink + std::exp2(sink - most);

@@ -1,4 +1,5 @@
-// Owns the walk over the rows of one sequence: which rows of the caches they are, a block at a time.
+// Owns the walk over the rows of one sequence: which rows of the caches they are, a block at a
+// time.
 #ifndef JAX_KVCACHE_FFI_CPU_DECODE_ATTENTION_KERNEL_ROWS_H_
 #define JAX_KVCACHE_FFI_CPU_DECODE_ATTENTION_KERNEL_ROWS_H_
 

@@ -9,9 +9,9 @@
 namespace jax_kvcache::decode_attention {
 namespace {
 
-// A tile has W query rows, and scores [rows, W] that are read as vectors. W is 1, 2, 4, 8, kLanes or
-// 2 * kLanes, so that lane i of vector n holds query (n * kLanes + i) % W. All that follows is kept
-// per lane, in one vector or two.
+// A tile has W query rows, and scores [rows, W] that are read as vectors. W is 1, 2, 4, 8, kLanes
+// or 2 * kLanes, so that lane i of vector n holds query (n * kLanes + i) % W. All that follows is
+// kept per lane, in one vector or two.
 constexpr int kMaxTileWidth = 2 * kLanes;
 
 // What is known of a tile's query rows. Scores are in units of log2: a weight is 2^(score - peak).
@@ -51,8 +51,15 @@ template <int kColumns>
 void Softmax(float* scores, int64_t rows, int64_t width, const ScoreRule& rule, TileState* state,
              float* factors) {
   const int64_t vectors = rows * width / kLanes;
+  // A query that sees a row has a finite peak, even if all its scores are NaN or -infinity.
   Vector peaks[kColumns];
-  for (int c = 0; c < kColumns; ++c) peaks[c] = Vector{} - kInfinity;
+  for (int c = 0; c < kColumns; ++c) {
+    peaks[c] = Vector{} - FLT_MAX;
+    if (rule.seen_begin == nullptr) continue;
+    const auto begin = LoadBits<Ints<kLanes>>(rule.seen_begin + c * kLanes);
+    const auto end = LoadBits<Ints<kLanes>>(rule.seen_end + c * kLanes);
+    peaks[c] = begin < end ? peaks[c] : Vector{} - kInfinity;
+  }
   if (rule.seen_begin == nullptr && rule.cap == 0.0f) {
     for (int64_t n = 0; n < vectors; n += kColumns) {
       for (int c = 0; c < kColumns; ++c) {

@@ -118,8 +118,10 @@ class PartRun {
     PieceWalk pieces(next, part_.head_begin, sizes_.heads, shape_.head_dim);
     for (int64_t h = 0; h < sizes_.heads; ++h) {
       const int64_t first = (part_.head_begin + h) * shape_.head_dim;
-      Work work = {memory_.Head(h), sizes_.ChannelsFrom(first), block.count, rows,
-                   all_seen,        block.k,                    block.v,     {}};
+      Work work = {memory_.Head(h), sizes_.ChannelsFrom(first),
+                   block.count,     rows,
+                   all_seen,        block.k,
+                   block.v,         {}};
       const int8_t* ahead_k[kMaxBlockRows];
       const int8_t* ahead_v[kMaxBlockRows];
       if (next.count > 0) {
@@ -182,8 +184,7 @@ class PartRun {
   void ManyQueries(const Work& work) {
     ConvertKeys<kCentred>(work.k, work.rows, work.channels, work.head.centre_k, work.ahead,
                           memory_.keys);
-    ConvertValues<kCentred>(work.v, work.count, work.channels, work.head.centre_v,
-                            memory_.values);
+    ConvertValues<kCentred>(work.v, work.count, work.channels, work.head.centre_v, memory_.values);
     for (int64_t t = 0; t < sizes_.tiles; ++t) {
       const int64_t width = sizes_.Width(t);
       const auto score = width > kLanes ? ScoreTile<2> : ScoreTile<1>;
@@ -191,8 +192,8 @@ class PartRun {
       float factors[kMaxTileWidth];
       if (!Weigh(work, t, factors)) continue;
       const int64_t queries = std::min(width, sizes_.queries - t * sizes_.tile_width);
-      AddTile(memory_.values, work.count, (sizes_.slots + 1) / 2, memory_.Scores(t), width,
-              queries, factors, Sums(work.head, t), sizes_.stride);
+      AddTile(memory_.values, work.count, (sizes_.slots + 1) / 2, memory_.Scores(t), width, queries,
+              factors, Sums(work.head, t), sizes_.stride);
     }
   }
 
@@ -252,9 +253,9 @@ class PartRun {
                    constant);
         continue;
       }
-      float* const partial = partials + part_.first_partial +
-                             part_.chunk * PartialsSize(shape_, part_) +
-                             (h * sizes_.queries + i) * PartialSize(shape_.head_dim);
+      float* const partial =
+          partials + part_.first_partial + part_.chunk * ChunkSize(shape_, part_) +
+          ((part_.head_begin + h) * sizes_.queries + i) * PartialSize(shape_.head_dim);
       std::memcpy(partial, sums, static_cast<size_t>(sizes_.stride) * sizeof(float));
       partial[sizes_.stride] = state.peak[lane];
       partial[sizes_.stride + 1] = total;
@@ -282,8 +283,8 @@ void RunPart(const Shape& shape, const Buffers& b, const Part& part, float* scra
 
 void MergeChunks(const Shape& shape, const Buffers& b, const Part& part, float* scratch,
                  const float* partials) {
-  const int64_t stride = AccumulatorSize(shape.head_dim);
-  const int64_t chunk_size = PartialsSize(shape, part);
+  const int64_t stride = SumsSize(shape.head_dim);
+  const int64_t chunk_size = ChunkSize(shape, part);
   const int64_t queries = PartQueries(shape, part);
   const int64_t group = shape.queries_per_kv_head();
   float* const sums = scratch;
@@ -291,9 +292,8 @@ void MergeChunks(const Shape& shape, const Buffers& b, const Part& part, float* 
     const HeadParameters parameters(shape, b, part.group, head);
     const ResultWriter writer(shape, b, parameters, scratch + stride);
     for (int64_t i = 0; i < queries; ++i) {
-      const float* const first = partials + part.first_partial +
-                                 ((head - part.head_begin) * queries + i) *
-                                     PartialSize(shape.head_dim);
+      const float* const first =
+          partials + part.first_partial + (head * queries + i) * PartialSize(shape.head_dim);
       float peak = -kInfinity;
       for (int64_t chunk = 0; chunk < part.chunks; ++chunk) {
         peak = std::max(peak, first[chunk * chunk_size + stride]);

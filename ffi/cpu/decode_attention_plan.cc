@@ -9,21 +9,25 @@
 namespace jax_kvcache::decode_attention {
 namespace {
 
-// Query rows per kv head in one part, if there are so many: the codes are converted once for all of
-// them, and their sums still fit a level-2 cache.
+// Query rows per kv head in one part, if there are as many: the codes are converted once for all of
+// them, which then costs a tenth of the products, and their sums fit a level-2 cache.
 constexpr int64_t kQueriesPerPart = 128;
 
-// Several heads of a part read neighbouring channels of a row: up to this many bytes in a piece.
+// The heads of a part read neighbouring channels, so many bytes of each row: a page of memory,
+// beyond which nothing is gained.
 constexpr int64_t kBytesPerPiece = 4096;
 
-// A call that is large enough has about so many chunks and heads that can be told apart, which
-// keeps dozens of cores busy.
+// Rows are cut into chunks only as far as there would be fewer parts than this, or half of it if
+// the parts can be split by heads as well. It keeps dozens of cores busy, and bounds the memory for
+// partial results: to those of about this number of parts.
 constexpr int64_t kEnoughParts = 64;
 
-// The rows of a chunk: below the least, writing and joining partial results costs more than a few
-// percent of reading the rows; above the most, rounding errors of the sums would grow.
+// A chunk has at least so many rows: with fewer, writing and merging partial results would cost
+// more than a few percent of reading the rows.
 constexpr int64_t kLeastRows = 256;
-constexpr int64_t kMostRows = 4096;
+
+// The rows of a chunk, but for the last one, are whole blocks of the kernel.
+constexpr int64_t kRowsMultiple = 64;
 
 int64_t CeilDivide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -61,6 +65,10 @@ std::vector<Span> FindSpans(const Shape& shape, const int32_t* positions,
   return spans;
 }
 
+int64_t ChunksOf(const Span& span, int64_t rows_per_chunk) {
+  return std::max<int64_t>(1, CeilDivide(span.rows(), rows_per_chunk));
+}
+
 }  // namespace
 
 Plan MakePlan(const Shape& shape, const int32_t* positions, int64_t max_threads) {
@@ -72,49 +80,52 @@ Plan MakePlan(const Shape& shape, const int32_t* positions, int64_t max_threads)
 
   int64_t rows = 0;
   for (const Span& span : spans) rows += span.rows();
-  // Converted codes are kept for one head at a time, so there is nothing to gain from more.
+  // Many queries keep converted codes, of one head at a time.
   int64_t heads =
       many ? 1 : std::clamp<int64_t>(kBytesPerPiece / shape.head_dim, 1, shape.num_kv_heads);
+  const int64_t enough = heads > 1 ? kEnoughParts / 2 : kEnoughParts;
   const int64_t rows_per_chunk =
-      std::clamp(CeilDivide(rows * CeilDivide(shape.num_kv_heads, heads), kEnoughParts),
-                 kLeastRows, kMostRows);
+      std::max(kLeastRows, CeilDivide(rows * CeilDivide(shape.num_kv_heads, heads), enough));
   int64_t chunks = 0;
-  for (const Span& span : spans) {
-    chunks += std::max<int64_t>(1, CeilDivide(span.rows(), rows_per_chunk));
-  }
+  for (const Span& span : spans) chunks += ChunksOf(span, rows_per_chunk);
 
   Plan plan;
-  // A code costs as much as reading it up to about 4 queries, and as much as 4 from there on.
-  const int64_t queries = std::min(shape.queries, queries_per_span) * per_head;
-  plan.threads = WorthThreads(
-      rows * shape.row_size() * 2 * std::max<int64_t>(1, CeilDivide(queries, 4)) * 2, max_threads);
-  // Heads are independent, so their number may follow the threads.
-  while (heads > 1 && chunks * CeilDivide(shape.num_kv_heads, heads) < 4 * plan.threads) {
+  // Up to four query rows, a code costs about what the copy of two bytes does, and more in
+  // proportion with more rows.
+  const int64_t quads = CeilDivide(std::min(shape.queries, queries_per_span) * per_head, 4);
+  const double bytes = 4.0 * static_cast<double>(rows) * static_cast<double>(shape.row_size()) *
+                       static_cast<double>(quads);
+  plan.threads = WorthThreads(static_cast<int64_t>(std::min(bytes, 1e15)), max_threads);
+  // The split over heads changes no result, so it may follow the threads: two parts for each.
+  // (Parts with one head of 128 channels are 15 % slower than those with eight.)
+  while (heads > 1 && plan.threads > 1 &&
+         chunks * CeilDivide(shape.num_kv_heads, heads) < 2 * plan.threads) {
     heads = CeilDivide(heads, 2);
   }
+  const int64_t parts_of_heads = CeilDivide(shape.num_kv_heads, heads);
 
   for (const Span& span : spans) {
-    const int64_t span_chunks = std::max<int64_t>(1, CeilDivide(span.rows(), rows_per_chunk));
-    const int64_t span_rows = CeilDivide(CeilDivide(span.rows(), span_chunks), 16) * 16;
-    for (int64_t head = 0; head < shape.num_kv_heads; head += heads) {
-      Part part;
-      part.group = span.group;
-      part.sequence = span.sequence;
-      part.query_begin = span.query_begin;
-      part.query_end = span.query_end;
-      part.head_begin = head;
-      part.head_end = std::min(head + heads, shape.num_kv_heads);
-      part.chunks = span_chunks;
-      part.first_partial = plan.partials_size;
-      part.counter = static_cast<int64_t>(plan.chunks.size());
-      if (span_chunks > 1) {
-        plan.chunks.push_back(span_chunks);
-        plan.partials_size += span_chunks * PartialsSize(shape, part);
-      }
-      for (int64_t chunk = 0; chunk < span_chunks; ++chunk) {
-        part.chunk = chunk;
-        part.row_begin = std::min(span.row_begin + chunk * span_rows, span.row_end);
-        part.row_end = std::min(part.row_begin + span_rows, span.row_end);
+    Part part;
+    part.group = span.group;
+    part.sequence = span.sequence;
+    part.query_begin = span.query_begin;
+    part.query_end = span.query_end;
+    part.chunks = ChunksOf(span, rows_per_chunk);
+    part.first_partial = plan.partials_size;
+    const int64_t rows_of_each =
+        CeilDivide(CeilDivide(span.rows(), part.chunks), kRowsMultiple) * kRowsMultiple;
+    const int64_t first_counter = static_cast<int64_t>(plan.chunks.size());
+    if (part.chunks > 1) {
+      plan.chunks.resize(plan.chunks.size() + static_cast<size_t>(parts_of_heads), part.chunks);
+      plan.partials_size += part.chunks * ChunkSize(shape, part);
+    }
+    for (part.chunk = 0; part.chunk < part.chunks; ++part.chunk) {
+      part.row_begin = std::min(span.row_begin + part.chunk * rows_of_each, span.row_end);
+      part.row_end = std::min(part.row_begin + rows_of_each, span.row_end);
+      for (int64_t i = 0; i < parts_of_heads; ++i) {
+        part.head_begin = i * heads;
+        part.head_end = std::min(part.head_begin + heads, shape.num_kv_heads);
+        part.counter = first_counter + i;
         plan.parts.push_back(part);
       }
     }

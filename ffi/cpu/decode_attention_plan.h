@@ -9,13 +9,13 @@
 
 namespace jax_kvcache::decode_attention {
 
-// Which rows are summed together follows from the shape and the positions alone: the results have
-// the same bits on any number of threads.
+// Which rows are added to which follows from the shape and the positions alone, so that the results
+// have the same bits on any number of threads.
 struct Plan {
-  std::vector<Part> parts;     // neighbours read neighbouring rows
-  std::vector<int64_t> chunks;  // for each counter, the number of chunks that it counts down from
-  int64_t partials_size = 0;   // floats
-  int64_t threads = 1;         // how many threads are worth having
+  std::vector<Part> parts;      // neighbours read neighbouring rows
+  std::vector<int64_t> chunks;  // for each counter, how many chunks it counts
+  int64_t partials_size = 0;    // floats of partial results
+  int64_t threads = 1;          // how many threads are worth having
 };
 
 // `positions`: [*g, B, S]. `max_threads`: what the pool has.

@@ -3,64 +3,22 @@
 // decode_attention_bench [threads] [B rows Nq Nkv D S]...
 #include <algorithm>
 #include <chrono>
-#include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <deque>
-#include <functional>
-#include <mutex>
-#include <random>
 #include <ctime>
+#include <functional>
+#include <random>
 #include <thread>
 #include <vector>
 
 #include "cpu/decode_attention_kernel.h"
 #include "cpu/decode_attention_plan.h"
 #include "cpu/decode_attention_run.h"
+#include "tests/pool.h"
 
 namespace jax_kvcache::decode_attention {
 namespace {
-
-class Pool {
- public:
-  explicit Pool(int threads) {
-    for (int i = 0; i < threads; ++i) threads_.emplace_back([this] { Work(); });
-  }
-  ~Pool() {
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      closing_ = true;
-    }
-    ready_.notify_all();
-    for (std::thread& thread : threads_) thread.join();
-  }
-  void Schedule(std::function<void()> task) {
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      tasks_.push_back(std::move(task));
-    }
-    ready_.notify_one();
-  }
-
- private:
-  void Work() {
-    for (;;) {
-      std::unique_lock<std::mutex> lock(mutex_);
-      ready_.wait(lock, [this] { return closing_ || !tasks_.empty(); });
-      if (tasks_.empty()) return;
-      const std::function<void()> task = std::move(tasks_.front());
-      tasks_.pop_front();
-      lock.unlock();
-      task();
-    }
-  }
-  std::mutex mutex_;
-  std::condition_variable ready_;
-  std::deque<std::function<void()>> tasks_;
-  bool closing_ = false;
-  std::vector<std::thread> threads_;
-};
 
 struct Sizes {
   int64_t sequences, rows, num_q, num_kv, head_dim, queries;
@@ -78,7 +36,8 @@ double Now(int64_t threads) {
 
 struct Memory {
   explicit Memory(int64_t bytes)
-      : data(static_cast<char*>(std::aligned_alloc(2 << 20, static_cast<size_t>((bytes + (2 << 20)) >> 21 << 21)))) {}
+      : data(static_cast<char*>(
+            std::aligned_alloc(2 << 20, static_cast<size_t>((bytes + (2 << 20)) >> 21 << 21)))) {}
   ~Memory() { std::free(data); }
   char* data;
 };
@@ -112,7 +71,8 @@ void Measure(const Sizes& z, int64_t threads, Pool& pool) {
   const int64_t cache = z.sequences * z.rows * z.num_kv * z.head_dim;
   // Enough caches that they are not all in the processor's caches, within reason.
   const char* const hot = std::getenv("HOT");
-  const int64_t copies = hot != nullptr ? 1 : std::max<int64_t>(1, (int64_t{1} << 30) / (2 * cache));
+  const int64_t copies =
+      hot != nullptr ? 1 : std::max<int64_t>(1, (int64_t{1} << 30) / (2 * cache));
   Memory k(cache * copies);
   Memory v(cache * copies);
   std::mt19937_64 random(1);
@@ -173,7 +133,8 @@ void Measure(const Sizes& z, int64_t threads, Pool& pool) {
   const double a = attention[attention.size() / 2];
   const double r = reading[reading.size() / 2];
   std::printf(
-      "%3ld x %5ld, %2ld/%2ld, D %3ld, S %4ld: %9.1f us (least %9.1f) read %8.1f (%8.1f) ratio %5.2f "
+      "%3ld x %5ld, %2ld/%2ld, D %3ld, S %4ld: %9.1f us (least %9.1f) read %8.1f (%8.1f) ratio "
+      "%5.2f "
       "(%5.2f), %5.2f codes/ns, threads %ld, parts %zu\n",
       z.sequences, z.rows, z.num_q, z.num_kv, z.head_dim, z.queries, a * 1e6, attention[0] * 1e6,
       r * 1e6, reading[0] * 1e6, a / r, attention[0] / reading[0],

@@ -6,8 +6,8 @@
 
 #include "cuda/decode_attention_block.h"
 #include "tests/check.h"
-#include "tests/decode_attention_expected.h"
-#include "tests/decode_attention_random_call.h"
+#include "tests/cuda_decode_attention_expected.h"
+#include "tests/cuda_decode_attention_random_call.h"
 
 namespace jax_kvcache::decode_attention {
 namespace {

@@ -1,163 +1,150 @@
-// Owns the rendering of decode_attention in float64, one query head after the other, and the error
-// that an implementation in float32 may have.
+// Owns what decode_attention means, one query row at a time in double precision, and how far from
+// it a result may be.
 #ifndef JAX_KVCACHE_FFI_TESTS_DECODE_ATTENTION_EXPECTED_H_
 #define JAX_KVCACHE_FFI_TESTS_DECODE_ATTENTION_EXPECTED_H_
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <string>
 #include <vector>
 
-#include "core/decode_attention.h"
 #include "standin/narrow_floats.h"
 #include "tests/check.h"
+#include "tests/decode_attention_random_call.h"
 
 namespace jax_kvcache::decode_attention {
 
-inline double NumberAt(const Tensor& t, int64_t i) {
-  if (t.dtype == DType::kF32) return static_cast<const float*>(t.data)[i];
-  const uint16_t bits = static_cast<const uint16_t*>(t.data)[i];
-  return t.dtype == DType::kF16 ? standin::HalfToFloat(bits) : standin::BfloatToFloat(bits);
+inline double ValueOf(const OwnedTensor& t, int64_t i) {
+  const auto at = static_cast<size_t>(i);
+  if (t.dtype() == DType::kF16) return standin::HalfToFloat(t.Get<uint16_t>(at));
+  if (t.dtype() == DType::kBF16) return standin::BfloatToFloat(t.Get<uint16_t>(at));
+  return t.Get<float>(at);
 }
 
-// One query head of one query.
 struct Expected {
-  std::vector<double> out;  // [D]
-  double lse = -INFINITY;
-  double largest_score = 0;  // by size, with K's offset and without
-  double largest_terms = 0;  // of a score: the sum of the sizes of what is added up for it
-  double largest_value = 0;
+  std::vector<double> out;  // as the result
+  std::vector<double> lse;  // of all queries, wanted or not
+  double greatest_score = 0;
 };
 
 class Rendering {
  public:
-  Rendering(const Call& call, const Shape& shape) : c_(call), s_(shape) {}
+  Rendering(const RandomCall& call, const Shape& shape) : call_(call), shape_(shape) {}
 
-  // sequence: in [0, G * B).
-  Expected Row(int64_t sequence, int64_t query, int64_t q_head) const {
-    const int64_t group = sequence / s_.sequences;
-    const int64_t head = q_head / (s_.num_q_heads / s_.num_kv_heads);
-    const int64_t d = s_.head_dim;
-    const int64_t at_q = ((sequence * s_.queries + query) * s_.num_q_heads + q_head) * d;
-    const int64_t position =
-        static_cast<const int32_t*>(c_.args[kPositions].data)[sequence * s_.queries + query];
-    const int64_t first = s_.window > 0 ? std::max<int64_t>(position - s_.window + 1, 0) : 0;
-    const int64_t last = std::min(position, s_.table_blocks * s_.block_rows - 1);
-    Expected e;
-    e.out.assign(static_cast<size_t>(d), 0.0);
-    std::vector<double> scores;
-    std::vector<int64_t> rows;
-    for (int64_t row = first; row <= last; ++row) {
-      const int64_t block = static_cast<const int32_t*>(
-          c_.args[kTable].data)[sequence * s_.table_blocks + row / s_.block_rows];
-      if (block < 0 || block >= s_.blocks) continue;
-      rows.push_back(block * s_.block_rows + row % s_.block_rows);
-      double score = 0;
-      double of_codes = 0;
-      double terms = 0;
-      for (int64_t i = 0; i < d; ++i) {
-        const double scaled =
-            NumberAt(c_.args[kQ], at_q + i) * s_.scale * Parameter(kScaleK, group, head, i);
-        score += scaled *
-                 (Code(kKCache, group, rows.back(), head, i) - Parameter(kOffsetK, group, head, i));
-        const double code = Code(kKCache, group, rows.back(), head, i);
-        of_codes += scaled * code;
-        terms += std::fabs(scaled * code) + std::fabs(scaled * Parameter(kOffsetK, group, head, i));
-      }
-      e.largest_score = std::max({e.largest_score, std::fabs(score), std::fabs(of_codes)});
-      e.largest_terms = std::max(e.largest_terms, terms);
-      if (s_.soft_cap != 0) score = s_.soft_cap * std::tanh(score / s_.soft_cap);
-      scores.push_back(score);
+  Expected Run() {
+    const int64_t rows = shape_.groups.count * shape_.sequences * shape_.queries;
+    expected_.out.assign(static_cast<size_t>(rows * shape_.num_q_heads * shape_.head_dim), 0.0);
+    expected_.lse.assign(static_cast<size_t>(rows * shape_.num_q_heads),
+                         -std::numeric_limits<double>::infinity());
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t head = 0; head < shape_.num_q_heads; ++head) Query(row, head);
     }
-    if (rows.empty()) return e;
-    const double peak = *std::max_element(scores.begin(), scores.end());
-    double total = 0;
-    for (const double score : scores) total += std::exp(score - peak);
-    e.lse = peak + std::log(total);
-    if (s_.has_sinks) total += std::exp(Sink(group, q_head) - peak);
-    for (size_t r = 0; r < rows.size(); ++r) {
-      const double weight = std::exp(scores[r] - peak) / total;
-      for (int64_t i = 0; i < d; ++i) {
-        const double value =
-            (Code(kVCache, group, rows[r], head, i) - Parameter(kOffsetV, group, head, i)) *
-            Parameter(kScaleV, group, head, i);
-        e.out[static_cast<size_t>(i)] += weight * value;
-        e.largest_value = std::max(e.largest_value, std::fabs(value));
-      }
-    }
-    return e;
+    return expected_;
   }
 
  private:
-  int64_t BlockOf(Arg arg, int64_t group) const {
-    int64_t index[kMaxGroupRank] = {};
-    for (int i = s_.groups.rank - 1; i >= 0; --i) {
-      index[i] = group % s_.groups.dims[i];
-      group /= s_.groups.dims[i];
+  // Element `channel` of row `cache_row` of a cache, as a real value.
+  double Dequantized(bool is_k, int64_t group, int64_t cache_row, int64_t head,
+                     int64_t channel) const {
+    const int64_t cache = shape_.ParameterBlock(is_k ? kKCache : kVCache, group);
+    const int64_t rows = shape_.blocks * shape_.block_rows;
+    const int64_t at =
+        ((cache * rows + cache_row) * shape_.num_kv_heads + head) * shape_.head_dim + channel;
+    double value = call_.args[is_k ? kKCache : kVCache].Get<int8_t>(static_cast<size_t>(at));
+    if (shape_.has_offset) {
+      value -= Parameter(is_k ? kOffsetK : kOffsetV, group, head, channel);
     }
-    int64_t block = 0;
-    for (int i = 0; i < s_.groups.rank; ++i) {
-      const int64_t dim = c_.args[arg].dims[i];
-      block = block * dim + (dim == 1 ? 0 : index[i]);
-    }
-    return block;
+    return value * Parameter(is_k ? kScaleK : kScaleV, group, head, channel);
   }
-  double Code(Arg arg, int64_t group, int64_t row, int64_t head, int64_t i) const {
-    const int64_t all = BlockOf(arg, group) * s_.blocks * s_.block_rows + row;
-    return static_cast<const int8_t*>(
-        c_.args[arg].data)[(all * s_.num_kv_heads + head) * s_.head_dim + i];
-  }
-  double Parameter(Arg arg, int64_t group, int64_t head, int64_t i) const {
-    if (IsAbsent(c_.args[arg])) return 0;
-    return NumberAt(c_.args[arg], (BlockOf(arg, group) * s_.num_kv_heads + head) * s_.head_dim + i);
-  }
-  double Sink(int64_t group, int64_t q_head) const {
-    return NumberAt(c_.args[kSinks], BlockOf(kSinks, group) * s_.num_q_heads + q_head);
+  double Parameter(Arg arg, int64_t group, int64_t head, int64_t channel) const {
+    const int64_t block = shape_.ParameterBlock(arg, group);
+    return ValueOf(call_.args[arg],
+                   (block * shape_.num_kv_heads + head) * shape_.head_dim + channel);
   }
 
-  const Call& c_;
-  const Shape& s_;
-};
-
-// The error that a result may have: float32-like arithmetic, and the rounding to q's type.
-inline double Allowed(const Expected& e, double expected, DType dtype) {
-  const double rounding = dtype == DType::kF32 ? 0 : dtype == DType::kF16 ? 0x1p-11 : 0x1p-8;
-  return (2e-5 + 0x1p-20 * e.largest_score) * e.largest_value * (1 + rounding) +
-         rounding * std::fabs(expected) + (dtype == DType::kF16 ? 0x1p-25 : 1e-30);
-}
-
-// Compares all results with the rendering; returns the largest error of float32 results in units of
-// what is allowed.
-inline double CheckResults(const Call& call, const Shape& shape, const std::string& where) {
-  const Rendering rendering(call, shape);
-  double worst = 0;
-  for (int64_t sequence = 0; sequence < shape.groups.count * shape.sequences; ++sequence) {
-    for (int64_t query = 0; query < shape.queries; ++query) {
-      for (int64_t head = 0; head < shape.num_q_heads; ++head) {
-        const Expected e = rendering.Row(sequence, query, head);
-        const int64_t row = (sequence * shape.queries + query) * shape.num_q_heads + head;
-        const std::string at = where + ", sequence " + std::to_string(sequence) + ", query " +
-                               std::to_string(query) + ", head " + std::to_string(head);
-        for (int64_t i = 0; i < shape.head_dim; ++i) {
-          const double got = NumberAt(call.rets[kOut], row * shape.head_dim + i);
-          const double expected = e.out[static_cast<size_t>(i)];
-          const double error = std::fabs(got - expected) / Allowed(e, expected, shape.q_dtype);
-          Check(error <= 1, at + ", column " + std::to_string(i) + ": expected " +
-                                std::to_string(expected) + ", got " + std::to_string(got));
-          if (shape.q_dtype == DType::kF32) worst = std::max(worst, error);
+  void Query(int64_t row, int64_t head) {
+    const int64_t group = row / (shape_.sequences * shape_.queries);
+    const int64_t sequence = row / shape_.queries;
+    const int64_t kv_head = head / shape_.queries_per_kv_head();
+    const int64_t position = call_.args[kPositions].Get<int32_t>(static_cast<size_t>(row));
+    const int64_t result = row * shape_.num_q_heads + head;
+    std::vector<int64_t> seen;  // rows of the caches
+    std::vector<double> scores;
+    for (int64_t m = 0; m < shape_.table_blocks; ++m) {
+      const int64_t block =
+          call_.args[kTable].Get<int32_t>(static_cast<size_t>(sequence * shape_.table_blocks + m));
+      if (block < 0 || block >= shape_.blocks) continue;
+      for (int64_t i = 0; i < shape_.block_rows; ++i) {
+        const int64_t number = m * shape_.block_rows + i;
+        if (number > position) break;
+        if (shape_.window > 0 && number <= position - shape_.window) continue;
+        seen.push_back(block * shape_.block_rows + i);
+        double score = 0;
+        for (int64_t c = 0; c < shape_.head_dim; ++c) {
+          score += ValueOf(call_.args[kQ], result * shape_.head_dim + c) *
+                   Dequantized(true, group, seen.back(), kv_head, c);
         }
-        if (!shape.return_lse) continue;
-        const double lse = NumberAt(call.rets[kLse], row);
-        // The log-sum-exp has the scores' own error, which is that of sums in float32.
-        const double allowed = 2e-5 + 0x1p-20 * e.largest_score + 0x1p-22 * e.largest_terms;
-        const bool same = std::isinf(e.lse) ? lse == e.lse : std::fabs(lse - e.lse) <= allowed;
-        Check(same,
-              at + ": lse: expected " + std::to_string(e.lse) + ", got " + std::to_string(lse));
+        score *= static_cast<double>(shape_.scale);
+        expected_.greatest_score = std::max(expected_.greatest_score, std::abs(score));
+        const double cap = static_cast<double>(shape_.soft_cap);
+        scores.push_back(cap == 0 ? score : cap * std::tanh(score / cap));
       }
     }
+    if (seen.empty()) return;
+    double most = *std::max_element(scores.begin(), scores.end());
+    double sink = -std::numeric_limits<double>::infinity();
+    if (shape_.has_sinks) {
+      sink = ValueOf(call_.args[kSinks],
+                     shape_.ParameterBlock(kSinks, group) * shape_.num_q_heads + head);
+      most = std::max(most, sink);
+    }
+    double total = 0;
+    for (const double score : scores) total += std::exp(score - most);
+    expected_.lse[static_cast<size_t>(result)] = most + std::log(total);
+    if (shape_.has_sinks) total += std::exp(sink - most);
+    for (int64_t c = 0; c < shape_.head_dim; ++c) {
+      double sum = 0;
+      for (size_t i = 0; i < seen.size(); ++i) {
+        sum += std::exp(scores[i] - most) * Dequantized(false, group, seen[i], kv_head, c);
+      }
+      expected_.out[static_cast<size_t>(result * shape_.head_dim + c)] = sum / total;
+    }
   }
-  return worst;
+
+  const RandomCall& call_;
+  const Shape& shape_;
+  Expected expected_;
+};
+
+// The greatest error over the greatest value, in units of what is allowed for float32; a result in
+// a narrower type is rounded once more.
+inline double CheckNear(const RandomCall& got, const Shape& shape, const Expected& expected,
+                        const std::string& where) {
+  const double allowed = 1e-5 + 0x1p-22 * expected.greatest_score;
+  double greatest = 0;
+  for (const double value : expected.out) greatest = std::max(greatest, std::abs(value));
+  double error = 0;
+  for (size_t i = 0; i < expected.out.size(); ++i) {
+    const double value = ValueOf(got.rets[kOut], static_cast<int64_t>(i));
+    double slack = allowed * greatest;
+    if (shape.q_dtype == DType::kF16) slack += std::abs(expected.out[i]) * 0x1p-11 + 0x1p-25;
+    if (shape.q_dtype == DType::kBF16) slack += std::abs(expected.out[i]) * 0x1p-8;
+    const double off = std::abs(value - expected.out[i]);
+    Check(off <= slack || greatest == 0, where + ": out[" + std::to_string(i) + "]: expected " +
+                                             std::to_string(expected.out[i]) + ", got " +
+                                             std::to_string(value));
+    if (greatest > 0) error = std::max(error, off / greatest);
+  }
+  for (size_t i = 0; shape.return_lse && i < expected.lse.size(); ++i) {
+    const double value = ValueOf(got.rets[kLse], static_cast<int64_t>(i));
+    if (value == expected.lse[i]) continue;  // infinities, too
+    Check(std::abs(value - expected.lse[i]) <= 2 * allowed + 1e-6 * std::abs(expected.lse[i]),
+          where + ": lse[" + std::to_string(i) + "]: expected " + std::to_string(expected.lse[i]) +
+              ", got " + std::to_string(value));
+  }
+  return shape.q_dtype == DType::kF32 ? error / allowed : 0;
 }
 
 }  // namespace jax_kvcache::decode_attention

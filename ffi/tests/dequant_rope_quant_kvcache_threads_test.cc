@@ -1,9 +1,5 @@
 // Owns the test with eight callers at the same time, whose calls run on one pool, as under XLA. It
 // is meant for ThreadSanitizer.
-#include <condition_variable>
-#include <deque>
-#include <functional>
-#include <mutex>
 #include <string>
 #include <thread>
 #include <vector>
@@ -13,50 +9,10 @@
 #include "cpu/dequant_rope_quant_kvcache_plan.h"
 #include "tests/check.h"
 #include "tests/dequant_rope_quant_kvcache_random_call.h"
+#include "tests/pool.h"
 
 namespace jax_kvcache::dequant_rope_quant_kvcache {
 namespace {
-
-class Pool {
- public:
-  explicit Pool(int threads) {
-    for (int i = 0; i < threads; ++i) threads_.emplace_back([this] { Work(); });
-  }
-  ~Pool() {
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      closing_ = true;
-    }
-    ready_.notify_all();
-    for (std::thread& thread : threads_) thread.join();
-  }
-  void Schedule(std::function<void()> task) {
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      tasks_.push_back(std::move(task));
-    }
-    ready_.notify_one();
-  }
-
- private:
-  void Work() {
-    for (;;) {
-      std::unique_lock<std::mutex> lock(mutex_);
-      ready_.wait(lock, [this] { return closing_ || !tasks_.empty(); });
-      if (tasks_.empty()) return;
-      const std::function<void()> task = std::move(tasks_.front());
-      tasks_.pop_front();
-      lock.unlock();
-      task();
-    }
-  }
-
-  std::mutex mutex_;
-  std::condition_variable ready_;
-  std::deque<std::function<void()>> tasks_;
-  bool closing_ = false;
-  std::vector<std::thread> threads_;
-};
 
 // One call of 1500 tokens, whose slots repeat in every other call.
 RandomCall LargeCall(uint32_t seed) {

@@ -54,7 +54,7 @@ def layer_index(layers: int | None, layer: ArrayLike | None) -> Layer | None:
             raise TypeError(f"`layer` must be an integer scalar, got {layer!r}.")
         if not 0 <= number.item() < layers:
             raise ValueError(f"`layer` must be in [0, {layers}), got {number}.")
-        return Layer(jnp.int32(number.item()), jnp.bool_(True))
+        return Layer(jnp.int32(number.item()), True)
     if layer.ndim or not jnp.issubdtype(layer.dtype, jnp.integer):
         raise TypeError(
             f"`layer` must be an integer scalar, got {layer.dtype} of shape {list(layer.shape)}."

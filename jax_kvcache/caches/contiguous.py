@@ -4,9 +4,16 @@ import dataclasses
 from typing import Literal, Self
 
 import jax
+import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jax_kvcache.caches.base import CacheBase
+from jax_kvcache.caches.calibrated import (
+    MARGIN,
+    CalibrationCost,
+    calibrate_prompt,
+    row_padding,
+)
 from jax_kvcache.caches.checks import check_caches, check_positions, empty_fields
 from jax_kvcache.caches.saturation import Saturation, shares_at_ends
 from jax_kvcache.export import register_dataclass_serialization
@@ -78,6 +85,54 @@ class KVCache(CacheBase):
         sizes = {"batch": batch, "length": length}
         scales = (scale_k, scale_v, offset_k, offset_v)
         return cls(**empty_fields(sizes, num_kv_heads, head_dim, layers, num_q_heads, *scales))
+
+    @classmethod
+    def calibrated(
+        cls,
+        k: jax.Array,
+        v: jax.Array,
+        length: int,
+        *,
+        lengths: ArrayLike | None = None,
+        margin: float = MARGIN,
+        num_q_heads: int | None = None,
+    ) -> tuple[Self, CalibrationCost]:
+        """Makes a cache that holds a first prompt, with scales from that prompt's own K and V.
+
+        For a model that nobody calibrated: run its prompt in float, and decode from this cache. A
+        channel's scale gives `margin` times its largest value the last code. For K that is the
+        largest value that the channel can have while RoPE turns its pair, (j, j + D/2); and a
+        channel that is quiet in the prompt is made ready for half of its head's mean. Scales never
+        change afterwards; `saturation` tells whether later tokens fit.
+
+        Args:
+          k: [B, S, Nkv, D] float, after RoPE, or [L, B, S, Nkv, D] for a cache with layers.
+          v: as k.
+          length: rows per sequence, C2, at least S.
+          lengths: [B] int32, the tokens of each sequence; what follows is padding. None is S.
+          margin: above 0. 1 fits the prompt alone; each factor of 2 above it costs one bit.
+          num_q_heads: Nq, as in `create`.
+
+        Returns:
+          The cache, whose first S rows are the prompt, and what its codes lose of the prompt.
+
+        Raises:
+          TypeError: k or v is not a float array of 4 or 5 dimensions.
+          ValueError: a shape is not as above, `length` is below S, or `margin` is not above 0.
+        """
+        fields = calibrate_prompt(k, v, lengths, margin)
+        batch, steps, heads, head_dim = k.shape[-4:]
+        layers = k.shape[0] if k.ndim == 5 else None
+        sizes = {"batch": batch, "length": length}
+        scales = (fields.scale_k, fields.scale_v, None, None)
+        empty = cls(**empty_fields(sizes, heads, head_dim, layers, num_q_heads, *scales))
+        if length < steps:
+            raise ValueError(
+                f"`length` must be at least the prompt's S = {steps} tokens, got {length}."
+            )
+        codes = (jnp.pad(c, row_padding(c.ndim, length - steps)) for c in (fields.k, fields.v))
+        k_cache, v_cache = codes
+        return dataclasses.replace(empty, k_cache=k_cache, v_cache=v_cache), fields.cost
 
     def saturation(self, lengths: ArrayLike) -> Saturation:
         """The share of the codes in use that lie at either end, -128 or 127, where values are cut.

@@ -13,6 +13,7 @@ from jax_kvcache.caches.checks import check_caches, check_positions, empty_field
 from jax_kvcache.caches.saturation import Saturation, shares_at_ends
 from jax_kvcache.export import register_dataclass_serialization
 from jax_kvcache.ops.checks import check_int32
+from jax_kvcache.ops.explicit import automatically
 from jax_kvcache.ops.indexing import take_one
 from jax_kvcache.ops.slots import (
     INT32_MAX,
@@ -106,7 +107,13 @@ class PagedKVCache(CacheBase):
         lengths = check_int32("lengths", lengths, "B")
         table = check_int32("block_table", block_table, "B, M", (lengths.shape[0], None))
         blocks, block_size = self.k_cache.shape[-4:-2]
-        in_use = rows_below(rows_of_blocks(table, lengths, blocks, block_size), block_size)
+        rows = automatically(
+            lambda table, lengths: rows_of_blocks(table, lengths, blocks, block_size),
+            jax.sharding.PartitionSpec(),
+            table,
+            lengths,
+        )
+        in_use = rows_below(rows, block_size)
         return shares_at_ends(self.k_cache, self.v_cache, in_use)
 
     def copy_blocks(self, sources: ArrayLike, destinations: ArrayLike) -> Self:

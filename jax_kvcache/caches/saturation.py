@@ -36,8 +36,7 @@ def shares_at_ends(k_cache: jax.Array, v_cache: jax.Array, in_use: jax.Array) ->
     def share(cache: jax.Array) -> jax.Array:
         at_end = (cache == -128) | (cache == 127)
         per_row = at_end.sum(axis=(-2, -1), dtype=jnp.int32)  # [*L, C1, C2]
-        rows = jnp.broadcast_to(in_use, per_row.shape)
-        counted = jnp.where(rows, per_row, jnp.zeros_like(per_row))
+        counted = per_row * jnp.broadcast_to(in_use.astype(jnp.int32), per_row.shape)
         return counted.astype(jnp.float32).sum(axis=(-2, -1)) / codes
 
     return Saturation(share(k_cache), share(v_cache))

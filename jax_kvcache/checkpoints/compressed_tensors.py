@@ -19,6 +19,7 @@ from jax_kvcache.checkpoints.linears import (
 from jax_kvcache.checkpoints.tensors import TensorFiles
 from jax_kvcache.model.linear import DynamicInt8Linear, FloatLinear, Linear, StaticInt8Linear
 
+_WHERE = '"quantization_config" of config.json'
 _INT8 = {"num_bits": 8, "type": "int", "symmetric": True}
 _WEIGHTS = {**_INT8, "strategy": "channel", "dynamic": False}
 _DYNAMIC_INPUTS = {**_INT8, "strategy": "token", "dynamic": True}
@@ -37,7 +38,7 @@ class CompressedTensorsFormat(Format):
           CheckpointError: it describes something that this reader does not know.
         """
         super().__init__(files)
-        config = Values(quantization, '"quantization_config" of config.json')
+        config = Values(quantization, _WHERE)
         _expect(config, "format", "int-quantized")
         _expect(config, "quantization_status", "compressed", None)
         groups = config.get("config_groups", dict, {})
@@ -53,24 +54,7 @@ class CompressedTensorsFormat(Format):
         inputs = _check_scheme(group, "input_activations", _DYNAMIC_INPUTS, _STATIC_INPUTS)
         self.static = inputs is _STATIC_INPUTS
         self.ignored = config.get("ignore", list, [])
-        self.cache = self._cache_scheme(config)
-
-    @staticmethod
-    def _cache_scheme(config: Values) -> str | None:
-        """The strategy of the cache's scales, or None where the cache is float."""
-        if config.get("kv_cache_scheme", dict) is None:
-            return None
-        scheme = Values(config.values["kv_cache_scheme"], f'"kv_cache_scheme" of {config.where}')
-        if scheme.get("type", str) == "float":
-            raise CheckpointError(
-                f'{scheme.where} has "type" float: an fp8 cache, and no int8 scale can be '
-                "recovered from its scales. Set it to null, drop k_scale and v_scale, and make "
-                "scales with `python -m jax_kvcache calibrate`."
-            )
-        per_tensor, per_head = (
-            {**_INT8, "strategy": s, "dynamic": False} for s in ("tensor", "attn_head")
-        )
-        return _check_scheme(config, "kv_cache_scheme", per_tensor, per_head)["strategy"]
+        self.cache = CacheScales(files, quantization)
 
     def _is_ignored(self, name: str) -> bool:
         for pattern in self.ignored:
@@ -104,17 +88,49 @@ class CompressedTensorsFormat(Format):
 
     def kv_parameters(self, attention: str, heads: int, head_dim: int) -> KvParameters | None:
         """See `Format`."""
-        if self.cache is None:
+        return self.cache.read(attention, heads, head_dim)
+
+
+class CacheScales:
+    """Reads the cache's scales, as `kv_cache_scheme` describes them."""
+
+    def __init__(self, files: TensorFiles, quantization: dict[str, Any]):
+        """Checks the description.
+
+        Raises:
+          CheckpointError: the scales are of fp8, or of another kind than per head or per tensor.
+        """
+        self.files, self.strategy = files, None
+        config = Values(quantization, _WHERE)
+        scheme = config.get("kv_cache_scheme", dict)
+        if scheme is None:
+            return
+        if scheme.get("type") == "float":
+            raise CheckpointError(
+                f'"kv_cache_scheme" of {_WHERE} has "type" float: an fp8 cache, and no int8 scale '
+                "can be recovered from its scales. Set it to null, drop k_scale and v_scale, and "
+                "make scales with `python -m jax_kvcache calibrate`."
+            )
+        known = (cache_scheme(strategy) for strategy in ("tensor", "attn_head"))
+        self.strategy = _check_scheme(config, "kv_cache_scheme", *known)["strategy"]
+
+    def read(self, attention: str, heads: int, head_dim: int) -> KvParameters | None:
+        """The parameters of a layer, [Nkv, D]; None where the cache is float."""
+        if self.strategy is None:
             return None
-        shape = (1,) if self.cache == "tensor" else (heads, 1, 1)
+        shape = (1,) if self.strategy == "tensor" else (heads, 1, 1)
         parameters = {}
         for name in "kv":
             key = f"{attention}.{name}_scale"
             values = finite(key, float32(self.files, key, shape), positive=True)
-            parameters[f"scale_{name}"] = np.broadcast_to(
-                values.reshape(-1, 1), (heads, head_dim)
-            ).copy()
+            by_head = np.broadcast_to(values.reshape(-1, 1), (heads, head_dim))
+            parameters[f"scale_{name}"] = by_head.copy()
         return parameters
+
+
+def cache_scheme(strategy: str) -> dict[str, Any]:
+    """The `kv_cache_scheme` of int8 scales per "tensor" or per "attn_head"."""
+    return {**_INT8, "strategy": strategy, "dynamic": False}
 
 
 def _expect(values: Values, key: str, *allowed: Any) -> None:

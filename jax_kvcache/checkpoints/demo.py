@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from jax_kvcache.checkpoints.kv_scales import read_npz_scales
+from jax_kvcache.checkpoints.kv_scales import read_kv_scales
 from jax_kvcache.checkpoints.load import load
 from jax_kvcache.model.weights import Model
 
@@ -21,20 +21,22 @@ def load_demo(scales: str | os.PathLike[str] | None = None) -> Model:
     """Loads the demo's model.
 
     Args:
-      scales: an .npz file of scales for the cache, as `python -m jax_kvcache calibrate` writes it;
-        None takes the model's own.
+      scales: scales for the cache, see `read_kv_scales`; None takes the model's own.
     """
     return with_scales(load(demo_folder(), progress=False), scales)
 
 
 def with_scales(model: Model, scales: str | os.PathLike[str] | None) -> Model:
-    """The model with the cache's scales of an .npz file; as it is without one.
+    """The model with the cache's scales of a file or folder; as it is without one.
 
     Raises:
       OSError: the file cannot be read.
-      ValueError: the file is not such a file.
+      ValueError: see `read_kv_scales`.
     """
     if scales is None:
         return model
-    params = {n: jnp.asarray(a) for n, a in read_npz_scales(scales, model.config).items()}
+    config = model.config
+    shape = (config.n_layers, config.n_kv_heads, config.head_dim)
+    arrays = read_kv_scales(scales, shape=shape)
+    params = {name: jnp.asarray(array) for name, array in arrays.items()}
     return dataclasses.replace(model, cache_params=params)

@@ -1,5 +1,7 @@
 """From tensors to linear layers: what every format shares."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +17,7 @@ from jax_kvcache.model.linear import (
 )
 from jax_kvcache.rope import permute_for_rope
 
-KvParameters = dict[str, np.ndarray]  # scale_k, scale_v, offset_k, offset_v: [Nkv, D] float32
+KvParameters = dict[str, np.ndarray]  # scale_k, scale_v, offset_k, offset_v: [*L, Nkv, D]
 
 
 def float32(files: TensorFiles, name: str, *shapes: tuple[int, ...]) -> np.ndarray:
@@ -145,3 +147,15 @@ def _check_inputs_agree(attention: str, parts: tuple[Linear, ...]) -> None:
                 f"`{attention}.q_proj`, `k_proj` and `v_proj` read one input and must have one "
                 f"`{field}`, got {', '.join(map(str, values))}. Quantise them together."
             )
+
+
+def stack_kv_parameters(parameters: Sequence[KvParameters | None]) -> KvParameters | None:
+    """The layers' parameters as [L, Nkv, D] each; offsets only where one is not zero."""
+    present = [p for p in parameters if p is not None]
+    if not present:
+        return None
+    names = sorted(set.union(*map(set, present)))
+    stacked = {name: np.stack([p[name] for p in present]) for name in names}
+    if not any(stacked[name].any() for name in names if name.startswith("offset")):
+        return {name: a for name, a in stacked.items() if name.startswith("scale")}
+    return stacked

@@ -6,7 +6,6 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jax_kvcache.checkpoints import ascend_v1
 from jax_kvcache.checkpoints.compressed_tensors import CompressedTensorsFormat
@@ -20,6 +19,7 @@ from jax_kvcache.checkpoints.linears import (
     float_weight,
     fuse,
     permute,
+    stack_kv_parameters,
 )
 from jax_kvcache.checkpoints.tensors import TensorFiles
 from jax_kvcache.model.linear import Linear
@@ -111,17 +111,18 @@ def _read_model(config: FolderConfig, source: Format, files: TensorFiles) -> Mod
     head = _read_head(config, source, files, embed)
     layers, parameters = [], []
     for index in range(sizes.n_layers):
-        layer, cache = _read_layer(config, source, f"model.layers.{index}")
+        layer, of_cache = _read_layer(config, source, f"model.layers.{index}")
         layers.append(layer)
-        parameters.append(cache)
+        parameters.append(of_cache)
     norm = source.vector("model.norm", sizes.d_model)
+    cache = stack_kv_parameters(parameters)
     source.check_all_used()
     return Model(
         embed=embed,
         layers=tuple(layers),
         norm_f=jnp.asarray(norm),
         head=head,
-        cache_params=_stack(parameters),
+        cache_params=None if cache is None else {n: jnp.asarray(a) for n, a in cache.items()},
         config=sizes,
     )
 
@@ -176,15 +177,3 @@ def _read_layer(
         down=source.linear(f"{mlp}.down_proj", width, sizes.d_ff, config.mlp_bias),
     )
     return layer, cache
-
-
-def _stack(parameters: list[KvParameters | None]) -> dict | None:
-    """[L, Nkv, D] each; offsets only where one is not zero."""
-    present = [p for p in parameters if p is not None]
-    if not present:
-        return None
-    names = set.union(*map(set, present))
-    stacked = {name: np.stack([p[name] for p in present]) for name in sorted(names)}
-    if not any(stacked[name].any() for name in stacked if name.startswith("offset")):
-        stacked = {name: a for name, a in stacked.items() if name.startswith("scale")}
-    return {name: jnp.asarray(a) for name, a in stacked.items()}

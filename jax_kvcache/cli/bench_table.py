@@ -6,13 +6,13 @@ def table(report: dict) -> str:
     shapes = report["shapes"]
     writes = {name: result for name, result in shapes.items() if "threads" in result}
     reads = {name: result for name, result in shapes.items() if name not in writes}
-    lines = [f"microseconds per call, medians; {report['simd']}"]
+    unit, lines = f"microseconds per call, medians; {report['simd']}", []
     if writes:
-        lines.append("bytes moved, and the kernel's threads, GB/s and page faults per call")
+        lines.append(f"{unit}; bytes moved, and the kernel's threads, GB/s and page faults")
         lines += _tables(writes, {"threads": "threads", "page_faults": "faults"})
     if reads:
         lines += [""] if writes else []
-        lines.append("attention: bytes of codes in use, and GB/s of them")
+        lines.append(f"attention, {unit}; bytes of codes in use, and GB/s of them")
         lines += _tables(reads, {})
     return "\n".join(lines)
 

@@ -1,12 +1,14 @@
 """`python -m jax_kvcache calibrate FILE...`: scales for a model's cache from any text."""
 
 import argparse
+import contextlib
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
 from jax_kvcache import numerics
+from jax_kvcache.checkpoints import kv_scales
 from jax_kvcache.cli import (
     CommandError,
     add_model_arguments,
@@ -31,7 +33,21 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "they cost on the same text.",
     )
     parser.add_argument("files", nargs="+", metavar="FILE", help="any text; Python suits the model")
-    parser.add_argument("--out", required=True, metavar="FILE", help="the .npz file to write")
+    parser.add_argument(
+        "--out", required=True, metavar="PATH", help="the file, or the new folder, to write"
+    )
+    parser.add_argument(
+        "--format",
+        choices=kv_scales.FORMATS,
+        default="npz",
+        help="npz, onnxruntime (genai's JSON): a file; ascend_v1 (C8 tensors), "
+        "compressed_tensors: a folder (default: npz)",
+    )
+    parser.add_argument(
+        "--reduce",
+        choices=("max",),
+        help="one scale per head, the largest of its channels', where the format holds no more",
+    )
     parser.add_argument(
         "--method",
         choices=numerics.METHODS,
@@ -68,9 +84,9 @@ def run(arguments: argparse.Namespace) -> None:
     if not 0 < arguments.percentile <= 100:
         raise CommandError(f"`--percentile` must be in (0, 100], got {arguments.percentile:g}.")
     texts = [read_file(path) for path in arguments.files]
-    with output_file(arguments.out) as out, figure_file(arguments.plot) as pyplot:
+    with _output(arguments) as out, figure_file(arguments.plot) as pyplot:
         ranges, calibrations, errors = _calibrate(arguments, texts)
-        _save(out, calibrations)
+        _save(out, calibrations, arguments)
         if pyplot is not None:
             _plot(pyplot, ranges, calibrations)
     _print_table(ranges, calibrations, errors)
@@ -120,14 +136,27 @@ def _print_table(ranges, calibrations, errors):
             )
 
 
-def _save(file, calibrations):
-    arrays = {}
-    for name, calibration in calibrations.items():
-        for parameter, value in calibration._asdict().items():
-            if value is not None:
-                for layer, row in enumerate(np.asarray(value)):
-                    arrays[f"layers.{layer}.{parameter}_{name}"] = row
-    np.savez(file, **arrays)
+def _output(arguments):
+    """Where the scales go: a file that is written at the end, or the name of a new folder."""
+    if arguments.format in kv_scales.FILES:
+        return output_file(arguments.out)
+    try:
+        kv_scales.check_new_folder(arguments.out)
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+    return contextlib.nullcontext(arguments.out)
+
+
+def _save(out, calibrations, arguments):
+    scales = {
+        f"{parameter}_{name}": value
+        for name, calibration in calibrations.items()
+        for parameter, value in calibration._asdict().items()
+    }
+    try:
+        kv_scales.write_kv_scales(out, scales, arguments.format, reduce=arguments.reduce)
+    except ValueError as error:
+        raise CommandError(str(error)) from error
 
 
 def _plot(pyplot, ranges, calibrations):

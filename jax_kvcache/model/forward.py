@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from jax_kvcache import backends
 from jax_kvcache.caches import KVCache
 from jax_kvcache.model.float_cache import FloatCache, attention, rotate
-from jax_kvcache.model.linear import FloatLinear, Projected, matmul
+from jax_kvcache.model.linear import FloatLinear, Projected, matmul, per_column
 from jax_kvcache.model.weights import Config, Layer, Model
 from jax_kvcache.ops.decode_attention.api import decode_attention
 from jax_kvcache.ops.implementation import Implementation
@@ -171,7 +171,7 @@ def _embed(model: Model, tokens: jax.Array) -> jax.Array:
 
 def _rms_norm(x: jax.Array, gain: jax.Array, eps: float) -> jax.Array:
     normed = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
-    return normed * jnp.expand_dims(gain, range(x.ndim - 1))
+    return normed * per_column(gain, x)
 
 
 def passes_floats(layer: Layer) -> bool:

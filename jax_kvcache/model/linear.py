@@ -31,11 +31,11 @@ class Projected(NamedTuple):
             return self.x
         x, bias = self.x, self.bias
         if bias is not None and bias.dtype == jnp.int32:
-            x, bias = x + bias, None
-        y = x.astype(jnp.float32) * self.weight_scale
+            x, bias = x + per_column(bias, x), None
+        y = x.astype(jnp.float32) * per_column(self.weight_scale, x)
         if self.activation_scale is not None:
             y = y * self.activation_scale[..., None]
-        return y if bias is None else y + bias
+        return y if bias is None else y + per_column(bias, y)
 
 
 @jax.tree_util.register_dataclass
@@ -54,7 +54,7 @@ class FloatLinear:
     def project(self, h: jax.Array) -> Projected:
         """h [..., in] float32 -> [..., out]."""
         y = matmul(h, self.weight)
-        return Projected(y if self.bias is None else y + self.bias)
+        return Projected(y if self.bias is None else y + per_column(self.bias, y))
 
     def __call__(self, h: jax.Array) -> jax.Array:
         """h [..., in] float32 -> [..., out] float32."""
@@ -79,7 +79,7 @@ class DynamicInt8Linear:
     def project(self, h: jax.Array) -> Projected:
         """h [..., in] float32 -> int32 accumulators [..., out] and their scales."""
         largest = jnp.max(jnp.abs(h), axis=-1)
-        scale = jnp.where(largest > 0, largest / 127, 1.0)
+        scale = _step_of(largest)
         codes = _quantize(h, scale[..., None])
         return Projected(matmul_int8(codes, self.weight), self.weight_scale, scale, self.bias)
 
@@ -133,16 +133,26 @@ def quantize_weight(weight: jax.Array) -> tuple[jax.Array, jax.Array]:
     """
     weight = weight.astype(jnp.float32)
     largest = jnp.max(jnp.abs(weight), axis=1)
-    scale = jnp.where(largest > 0, largest / 127, 1.0)
+    scale = _step_of(largest)
     return _quantize(weight, scale[:, None]), scale
+
+
+def _step_of(largest: jax.Array) -> jax.Array:
+    """The scale with which the largest value has the code 127; 1 where all values are 0."""
+    return jnp.where(largest > 0, largest / 127, jnp.ones_like(largest))
 
 
 def _quantize(values: jax.Array, scale: jax.Array, offset: jax.Array | None = None) -> jax.Array:
     """clip(rint(values / scale + offset), -128, 127) int8, with a true division."""
     # XLA would turn a division by a broadcast number into a product with its reciprocal.
     z = values / lax.optimization_barrier(jnp.broadcast_to(scale, values.shape))
-    z = z if offset is None else z + offset
+    z = z if offset is None else z + jnp.broadcast_to(offset, z.shape)
     return jnp.clip(jnp.rint(z), -128, 127).astype(jnp.int8)
+
+
+def per_column(parameter: jax.Array, x: jax.Array) -> jax.Array:
+    """A parameter [out] with unit dimensions in front, for x [..., out]."""
+    return jnp.expand_dims(parameter, tuple(range(x.ndim - 1)))
 
 
 def matmul_int8(codes: jax.Array, weight: jax.Array) -> jax.Array:

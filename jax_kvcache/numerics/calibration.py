@@ -13,6 +13,8 @@ from jax_kvcache.export import register_namedtuple_serialization
 from jax_kvcache.numerics.observers import MinMax, Sketch, check_channels
 from jax_kvcache.ops.checks import check_choice, check_shape
 from jax_kvcache.ops.dequant_rope_quant_kvcache.reference import quantize_int8
+from jax_kvcache.ops.explicit import automatically, spec_of
+from jax_kvcache.ops.indexing import take_one
 
 Method = Literal["absmax", "minmax", "percentile", "mse"]
 Key = TypeVar("Key")
@@ -72,7 +74,7 @@ def fake_quantize(
     rows = values.reshape(-1, 1, scale.size)  # [T, Nkv, D] for the operator's stage
     flat_scale = scale.reshape(1, -1)
     flat_offset = None if offset is None else offset.reshape(1, -1)
-    codes = quantize_int8(rows, flat_scale, flat_offset).reshape(values.shape)
+    codes = _codes(rows, flat_scale, flat_offset).reshape(values.shape)
     steps = codes.astype(jnp.float32)
     ones = (1,) * (values.ndim - scale.ndim)
     if offset is not None:
@@ -113,6 +115,11 @@ def scale_and_offset(
         return Calibration(scale, None)
     offset = jnp.where(usable, codes[0] - low / scale, jnp.zeros_like(scale))
     return Calibration(scale, offset)
+
+
+# The operator's codes. Compiled, since what keeps them exact has a NaN in it, which reaches no code
+# but at which `jax.debug_nans` would stop.
+_codes = jax.jit(quantize_int8)
 
 
 @overload
@@ -186,7 +193,9 @@ def calibrate(
         if method == "percentile":
             return _from_percentile(observer, percentile, symmetric)
         if method == "mse":
-            return _from_search(observer, tried, symmetric)
+            spec: Any = spec_of(observer.range.low)
+            out = Calibration(spec, None if symmetric else spec)
+            return automatically(lambda o: _from_search(o, tried, symmetric), out, observer)
         seen = observer.range if isinstance(observer, Sketch) else observer
         return scale_and_offset(seen.low, seen.high, symmetric=symmetric)
 
@@ -226,5 +235,12 @@ def _from_search(sketch: Sketch, tried: np.ndarray, symmetric: bool) -> Calibrat
         return jnp.sum(weights * noise * noise, axis=(0, 1))
 
     ratios = jnp.asarray(np.sort(tried)[::-1].copy(), jnp.float32)  # of equal errors, the widest
-    best = jnp.argmin(lax.map(error, ratios), axis=0)
-    return parameters(ratios[best])
+
+    def keep_better(number, kept):
+        ratio = take_one(ratios, number)
+        errors = error(ratio)
+        better = errors < kept[0]
+        return jnp.where(better, errors, kept[0]), jnp.where(better, ratio, kept[1])
+
+    none = (jnp.full_like(half, jnp.inf), jnp.full_like(half, ratios[0]))
+    return parameters(lax.fori_loop(0, len(ratios), keep_better, none)[1])

@@ -13,9 +13,15 @@ from jax_kvcache.export import (
     register_namedtuple_serialization,
 )
 from jax_kvcache.numerics.calibration import fake_quantize
-from jax_kvcache.numerics.measures import _ratio, decibels
-from jax_kvcache.numerics.observers import check_same_channels, tokens_first
+from jax_kvcache.numerics.measures import decibels
+from jax_kvcache.numerics.observers import check_same_channels, count_into, tokens_first
 from jax_kvcache.ops.checks import check_shape
+from jax_kvcache.ops.explicit import automatically, spec_of
+from jax_kvcache.ops.indexing import take_one
+
+
+def _ratio(part: jax.Array, whole: jax.Array) -> jax.Array:
+    return part.astype(jnp.float32) / whole.astype(jnp.float32)
 
 
 @register_namedtuple_serialization
@@ -83,17 +89,15 @@ class ErrorObserver:
         if offset is not None:
             z = z + jnp.asarray(offset)[None]
         beyond = finite & ((z < -128.5) | (z > 127.5))
-        flat = self.histogram.reshape(-1, 256)
-        code = codes.reshape(len(values), -1).astype(jnp.int32) + 128
-        flat = flat.at[jnp.arange(len(flat), dtype=jnp.int32)[None, :], code].add(
-            finite.reshape(code.shape).astype(jnp.int32)
-        )
+        bucket = codes.astype(jnp.int32) + 128
+        spec = spec_of(self.histogram)
+        histogram = automatically(count_into, spec, self.histogram, bucket, finite)
         return ErrorObserver(
             self.signal + jnp.sum(jnp.where(finite, values * values, 0), 0),
             self.noise + jnp.sum(noise * noise, 0),
             jnp.maximum(self.max_error, jnp.max(jnp.abs(noise) / scale, 0, initial=0)),
             self.saturated + jnp.sum(beyond, 0, dtype=jnp.int32),
-            flat.reshape(self.histogram.shape),
+            histogram,
         )
 
     def merge(self, other: "ErrorObserver") -> "ErrorObserver":
@@ -109,7 +113,13 @@ class ErrorObserver:
 
     def layer(self, index: int) -> "ErrorObserver":
         """The observer of one entry of the first channel dimension."""
-        return jax.tree.map(lambda leaf: leaf[index], self)
+
+        def part(leaf: jax.Array) -> jax.Array:
+            spec = jax.sharding.PartitionSpec(*spec_of(leaf)[1:])
+            number = index % len(leaf) if isinstance(index, int) else index
+            return automatically(take_one, spec, leaf, jnp.asarray(number, jnp.int32))
+
+        return jax.tree.map(part, self)
 
     def per_channel(self) -> ErrorReport:
         """The report of each channel."""

@@ -1,6 +1,6 @@
 """What quantisation costs: errors of the values, of attention, and of what a model predicts."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,15 +10,12 @@ from jax_kvcache.export import (
     register_namedtuple_serialization,
 )
 from jax_kvcache.ops.checks import check_shape
+from jax_kvcache.ops.explicit import automatically
 
 
 def decibels(signal: jax.Array, noise: jax.Array) -> jax.Array:
     """10 * log10(signal / noise) of two powers; inf where there is no noise."""
     return 10 * jnp.log10(signal / noise)
-
-
-def _ratio(part: jax.Array, whole: jax.Array) -> jax.Array:
-    return part.astype(jnp.float32) / whole.astype(jnp.float32)
 
 
 def _check_alike(name: str, value: jax.Array, of_name: str, of: jax.Array) -> None:
@@ -93,6 +90,15 @@ def attention_error(
     _check_alike("v", v, "k", k)
     _check_alike("k_approximation", k_approximation, "k", k)
     _check_alike("v_approximation", v_approximation, "v", v)
+    whole: Any = jax.sharding.PartitionSpec()
+    return automatically(
+        _attention_error, AttentionError(whole, whole), q, k, v, k_approximation, v_approximation
+    )
+
+
+def _attention_error(
+    q: jax.Array, k: jax.Array, v: jax.Array, k_approximation: jax.Array, v_approximation: jax.Array
+) -> AttentionError:
     weights, output = _causal_attention(q, k, v)
     approximate_weights, approximate_output = _causal_attention(q, k_approximation, v_approximation)
     distance = jnp.sum(jnp.abs(weights - approximate_weights), -1) / 2  # [Nkv, group, T]

@@ -17,6 +17,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jax_kvcache.export import register_dataclass_serialization
+from jax_kvcache.ops.explicit import automatically, spec_of
 
 Observers = TypeVar("Observers")  # an observer, or a pytree of them
 
@@ -131,14 +132,9 @@ class Sketch:
         magnitude = (bits >> (_MANTISSA_BITS - self.precision)) - self._first_bucket()
         magnitude = jnp.clip(magnitude, 0, half - 1)
         bucket = jnp.where(values < 0, half - 1 - magnitude, half + magnitude)
-        bucket = bucket.reshape(len(values), -1)
-        flat = self.counts.reshape(-1, 2 * half)
-        flat = flat.at[jnp.arange(len(flat), dtype=jnp.int32)[None, :], bucket].add(
-            jnp.isfinite(values).reshape(bucket.shape).astype(jnp.int32)
-        )
-        return dataclasses.replace(
-            self, range=self.range.update(values), counts=flat.reshape(self.counts.shape)
-        )
+        finite = jnp.isfinite(values)
+        counts = automatically(count_into, spec_of(self.counts), self.counts, bucket, finite)
+        return dataclasses.replace(self, range=self.range.update(values), counts=counts)
 
     def merge(self, other: "Sketch") -> "Sketch":
         """The observer of the union of what both saw; both have one precision and exponents."""
@@ -196,6 +192,15 @@ class Sketch:
         return jnp.where(number == len(low) - 1, jnp.inf, middles)
 
 
+def count_into(counts: jax.Array, bucket: jax.Array, finite: jax.Array) -> jax.Array:
+    """Adds one to the [*channels, buckets] counts where a value [N, *channels] is finite."""
+    flat = counts.reshape(-1, counts.shape[-1])
+    bucket = bucket.reshape(len(bucket), -1)
+    seen = finite.reshape(bucket.shape).astype(jnp.int32)
+    channel = jnp.arange(len(flat), dtype=jnp.int32)[None, :]
+    return flat.at[channel, bucket].add(seen).reshape(counts.shape)
+
+
 def _check_outside(outside: Any) -> None:
     if not isinstance(outside, jax.core.Tracer) and not 0 <= outside < 1:
         raise ValueError(f"`outside` must be in [0, 1), got {outside}.")
@@ -214,7 +219,8 @@ def _upper_quantile(
     allowed = jnp.floor(share * total.astype(jnp.float32)).astype(jnp.int32)
     above = total - jnp.cumsum(counts, -1, dtype=jnp.int32)
     bucket = jnp.argmax(above <= allowed, -1)
-    return jnp.clip(middles[bucket], smallest, largest)
+    chosen = automatically(lambda m, b: m[b], spec_of(smallest), middles, bucket)
+    return jnp.clip(chosen, smallest, largest)
 
 
 def _is_observer(node: Any) -> bool:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
@@ -28,7 +29,7 @@ def filled(layers):
     rng = np.random.default_rng(0)
     cache = caches.make("paged", rng, layers=layers, offsets=True)
     k, v = rng.integers(-128, 128, (2, *cache.k_cache.shape), np.int8)
-    return dataclasses.replace(cache, k_cache=jax.device_put(k), v_cache=jax.device_put(v))
+    return dataclasses.replace(cache, k_cache=jnp.array(k), v_cache=jnp.array(v))
 
 
 def expected(codes, pairs):

@@ -8,7 +8,7 @@ import pytest
 from support.internals import library
 
 from jax_kvcache import __main__
-from jax_kvcache.cli import bench, bench_cases, bench_steps
+from jax_kvcache.cli import bench, bench_attention, bench_cases, bench_steps, bench_timing
 
 OF_ALL, OF_CALLS = {"ffi", "xla", "ffi_16x"}, {"obvious", "empty", "memcpy", "half_memcpy"}
 SMALL = bench_cases.Case(3, 1, 2, 1, 64, "contiguous", 3, 4)
@@ -23,7 +23,9 @@ def small(monkeypatch):
         "layers": SMALL._replace(form="layers", calls=2),
     }
     monkeypatch.setattr(bench_cases, "CASES", cases)
-    monkeypatch.setattr(bench, "ROUND_SECONDS", 1e-4)
+    reads = {"read": bench_attention.AttentionCase(2, 40, Nq=4, Nkv=2)}
+    monkeypatch.setattr(bench, "ATTENTION_CASES", reads)
+    monkeypatch.setattr(bench_timing, "ROUND_SECONDS", 1e-4)
     monkeypatch.setattr(bench, "ROTATED_BYTES", 20_000)
 
 
@@ -35,7 +37,10 @@ def test_json(small, capsys):
     assert run("--json", "--rotate") == 0
     report = json.loads(capsys.readouterr().out)
     assert report["simd"] == library.simd()
-    assert list(report["shapes"]) == ["small", "page", "vmap", "layers"]
+    assert list(report["shapes"]) == ["small", "page", "vmap", "layers", "read"]
+    read = report["shapes"].pop("read")
+    assert {"ffi", "xla", "bfloat16", "float32", "read", "step ffi"} <= set(read["microseconds"])
+    assert read["bytes"] == 2 * 2 * 40 * 2 * 128
     for name, shape in report["shapes"].items():
         times = shape["microseconds"]
         assert set(times) == (OF_ALL | OF_CALLS if name in ("small", "page") else OF_ALL)

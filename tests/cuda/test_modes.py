@@ -1,4 +1,4 @@
-"""Attention lowered for CUDA over devices and under vmap: one call per part, with its scratch."""
+"""Attention lowered for CUDA over devices and under vmap: one call for each part, with scratch."""
 
 import functools
 

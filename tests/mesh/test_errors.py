@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from support import calls, layouts
-from support.internals import mesh as mesh_module
+from support.internals import modes
 
 from jax_kvcache import dequant_rope_quant_kvcache
 
@@ -77,7 +77,7 @@ def test_automatic_axes_beside_manual_ones():
 
 
 def test_explicit_axes_beside_manual_ones_before_jax_0_10(monkeypatch):
-    monkeypatch.setattr(mesh_module, "nests_manual_axes", lambda: False)
+    monkeypatch.setattr(modes, "nests_manual_axes", lambda: False)
     mesh = jax.make_mesh((2, 2), ("dp", "tp"), (AxisType.Explicit,) * 2)
 
     message = (

@@ -20,6 +20,15 @@ def expected(name):
         return dict(data)
 
 
+def read_tensors(folder):
+    """Every tensor of a folder's files."""
+    tensors = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="np") as file:
+            tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    return tensors
+
+
 class Copy:
     """A folder in memory, to be changed and written: config, description, tensors."""
 
@@ -29,10 +38,7 @@ class Copy:
         self.description = None
         if (source / DESCRIPTION).is_file():
             self.description = json.loads((source / DESCRIPTION).read_text())
-        self.tensors = {}
-        for path in sorted(source.glob("*.safetensors")):
-            with safe_open(path, framework="np") as file:
-                self.tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        self.tensors = read_tensors(source)
         self.stem = "model" if self.description is None else "quant_model_weights"
 
     def put(self, name, value, kind=None):

@@ -8,6 +8,7 @@ from jax_kvcache.cli import bench_gpu
 from jax_kvcache.model import calibrate as calibrate_model
 from jax_kvcache.ops import indexing, operands, operator, slots
 from jax_kvcache.ops.decode_attention.reference import Operands as AttentionOperands
+from jax_kvcache.ops.decode_attention.reference import Results as AttentionResults
 from jax_kvcache.ops.dequant_rope_quant_kvcache import api, primitive, reference
 from jax_kvcache.ops.dequant_rope_quant_kvcache.api import canonical_operands
 from jax_kvcache.ops.dequant_rope_quant_kvcache.checks import Call

@@ -116,7 +116,7 @@ def run(call: Call) -> Any:
         out, lse = _over_axes(operands, options, axes)
     else:
         out, lse = bind(operands, options)
-    if exists is not None:
+    if not isinstance(exists, bool):
         out = jnp.where(exists, out, jnp.asarray(jnp.nan, out.dtype))
         lse = jnp.where(exists, lse, jnp.nan)
     return (out, lse) if call.return_lse else out
@@ -131,11 +131,11 @@ def _over_axes(operands: Operands, options: AttentionOptions, axes: tuple[str, .
     return out.astype(q.dtype), lse
 
 
-def canonical_operands(call: Call) -> tuple[Operands, AttentionOptions, jax.Array | None]:
+def canonical_operands(call: Call) -> tuple[Operands, AttentionOptions, jax.Array | bool]:
     """Checks a call and puts it in the primitive's form.
 
     Returns:
-      The operands, the options, and whether the layer exists (None for a cache without layers).
+      The operands, the options, and whether the layer exists, as an array where it is traced.
     """
     call = check_call(call)
     cache = call.cache
@@ -180,4 +180,4 @@ def canonical_operands(call: Call) -> tuple[Operands, AttentionOptions, jax.Arra
         return_lse=bool(call.return_lse),
         contiguous=is_contiguous,
     )
-    return operands, options, None if at is None else at.exists
+    return operands, options, at is None or at.exists

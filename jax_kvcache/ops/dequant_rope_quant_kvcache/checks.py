@@ -27,7 +27,7 @@ class Layer(NamedTuple):
     """One layer of a cache with layers: the nearest one, and whether it is the one named."""
 
     number: jax.Array  # int32 scalar in [0, L)
-    exists: jax.Array  # bool scalar
+    exists: jax.Array | bool  # True where it is known while tracing
 
 
 class Call(NamedTuple):

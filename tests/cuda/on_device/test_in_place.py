@@ -40,30 +40,35 @@ def make(kind):
     return cls.create(*sizes, Nkv, D, scale_k=scale, scale_v=scale)
 
 
-@pytest.mark.parametrize("kind", ["contiguous", "paged"])
-@pytest.mark.parametrize("steps", [1, 8])
-def test_write_and_attention_transpose_no_cache(kind, steps):
+def decode_step(kind):
+    """A function of (cache, step) that writes one token per sequence and reads the cache."""
     rng = np.random.default_rng(0)
     arguments = {
         "x": rng.integers(-999, 999, (B, 1, (Nq + 2 * Nkv) * D), np.int32),
         "cos": np.ones((B, 1, 1, D), jnp.bfloat16),
         "sin": np.zeros((B, 1, 1, D), jnp.bfloat16),
         "weight_scale": np.full((Nq + 2 * Nkv) * D, 0.01, np.float32),
-        "positions": np.full((B, 1) if kind == "paged" else B, 7, np.int32),
     }
     table = None
     if kind == "paged":
         table = rng.permutation(B * LENGTH // BLOCK).reshape(B, -1).astype(np.int32)
         arguments["block_table"] = table
 
-    def step(cache, _):
-        q, cache = cache.update(**arguments, implementation="ffi")
-        lengths = jnp.full((B,), 8, jnp.int32)
+    def step(cache, i):
+        positions = jnp.full((B, 1) if kind == "paged" else (B,), 7 + i, jnp.int32)
+        q, cache = cache.update(**arguments, positions=positions, implementation="ffi")
+        lengths = jnp.full((B,), 8 + i, jnp.int32)
         out = decode_attention(q, cache, lengths, block_table=table, implementation="ffi")
         return cache, out
 
+    return step
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "paged"])
+@pytest.mark.parametrize("steps", [1, 8])
+def test_write_and_attention_transpose_no_cache(kind, steps):
     def program(cache):
-        return jax.lax.scan(step, cache, None, length=steps)
+        return jax.lax.scan(decode_step(kind), cache, jnp.arange(steps))
 
     cache = make(kind)
     elements = cache.k_cache.size
@@ -75,3 +80,28 @@ def test_write_and_attention_transpose_no_cache(kind, steps):
     cache, out = compiled(cache)
     assert cache.k_cache.unsafe_buffer_pointer() == before
     assert np.isfinite(np.asarray(out, np.float32)).all()
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "paged"])
+def test_many_calls_in_one_program(kind):
+    """XLA records them in a CUDA graph; run again, it gives what the steps give one by one."""
+    step = decode_step(kind)
+
+    def unrolled(cache):
+        outs = []
+        for i in range(8):
+            cache, out = step(cache, i)
+            outs.append(out)
+        return cache, jnp.stack(outs)
+
+    together = jax.jit(unrolled)
+    one = jax.jit(step)
+    expected, outs = make(kind), []
+    for i in range(8):
+        expected, out = one(expected, i)
+        outs.append(out)
+    for _ in range(3):
+        cache, got = together(make(kind))
+        np.testing.assert_array_equal(cache.k_cache, expected.k_cache)
+        np.testing.assert_array_equal(cache.v_cache, expected.v_cache)
+        np.testing.assert_array_equal(got, jnp.stack(outs))

@@ -1,0 +1,183 @@
+"""Writing a model as an AscendV1 folder, which `load` and the vendor's servers read."""
+
+import dataclasses
+import json
+import os
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from jax_kvcache.checkpoints import ascend_v1
+from jax_kvcache.checkpoints.kv_scale_folders import kv_tensors
+from jax_kvcache.checkpoints.kv_scales import check_new_folder
+from jax_kvcache.model.linear import DynamicInt8Linear, FloatLinear, Linear, StaticInt8Linear
+from jax_kvcache.model.weights import Layer, Model
+from jax_kvcache.rope import permute_for_rope
+
+_OF_COLUMNS = ("weight", "weight_scale", "bias")  # a linear layer's fields that have its columns
+
+
+class _Tensors:
+    """The tensors of a folder, and the description's entry of each."""
+
+    def __init__(self) -> None:
+        self.arrays: dict[str, np.ndarray] = {}
+        self.types: dict[str, str] = {}
+
+    def put(self, name: str, value: Any, kind: str) -> None:
+        self.arrays[name] = np.ascontiguousarray(value)
+        self.types[name] = kind
+
+    def linear(self, name: str, linear: Linear) -> None:
+        """One linear layer, as its type has it."""
+        if isinstance(linear, FloatLinear):
+            self.put(f"{name}.weight", linear.weight, "FLOAT")
+        elif isinstance(linear, DynamicInt8Linear):
+            kind, scale = "W8A8_DYNAMIC", np.asarray(linear.weight_scale)[:, None]
+            self.put(f"{name}.weight", linear.weight, kind)
+            self.put(f"{name}.weight_scale", scale, kind)
+            self.put(f"{name}.weight_offset", np.zeros_like(scale), kind)
+        else:
+            self._static(name, linear)
+            return
+        if linear.bias is not None:
+            self.put(f"{name}.bias", linear.bias, "FLOAT")
+
+    def _static(self, name: str, linear: StaticInt8Linear) -> None:
+        none = np.zeros(linear.weight.shape[0], np.int32)
+        bias = none if linear.bias is None else np.asarray(linear.bias)
+        if bias.dtype != np.int32:
+            raise ValueError(
+                f"`{name}` has static activations and a float bias, and AscendV1 has an integer "
+                "one there: it cannot be written without changing results."
+            )
+        self.put(f"{name}.weight", linear.weight, "W8A8")
+        self.put(f"{name}.input_scale", np.reshape(linear.input_scale, (1,)), "W8A8")
+        self.put(f"{name}.input_offset", np.reshape(linear.input_offset, (1,)), "W8A8")
+        self.put(f"{name}.deq_scale", linear.weight_scale, "W8A8")
+        self.put(f"{name}.quant_bias", bias, "W8A8")
+
+
+def save(model: Model, folder: str | os.PathLike[str]) -> None:
+    """Writes a model as AscendV1: W8A8_DYNAMIC, W8A8 and FLOAT layers as they are, and a C8 cache.
+
+    `load` reads it back to the same logits. A tokenizer is not the model's: copy its files.
+
+    Args:
+      model: see `load`; with `quantize="w8a8"` its linear layers are W8A8_DYNAMIC.
+      folder: made by this function; it must not exist or be empty.
+
+    Raises:
+      ValueError: the folder holds files, or a layer is of a kind that AscendV1 has not.
+      OSError: the folder cannot be written.
+    """
+    path = check_new_folder(folder)
+    tensors = _Tensors()
+    tensors.put("model.embed_tokens.weight", model.embed, "FLOAT")
+    tensors.put("model.norm.weight", model.norm_f, "FLOAT")
+    if model.head is not None:
+        tensors.linear("lm_head", model.head)
+    for index, layer in enumerate(model.layers):
+        _put_layer(tensors, f"model.layers.{index}", layer, model)
+    if model.cache_params is not None:
+        params = {n: np.asarray(a) for n, a in model.cache_params.items()}
+        back = _order_back(model)
+        params = {n: a[..., back] if n.endswith("_k") else a for n, a in params.items()}
+        for name, array in kv_tensors(params).items():
+            tensors.put(name, array, "C8")
+    kinds = [kind for kind in tensors.types.values() if kind not in ("FLOAT", "C8")]
+    description: dict[str, Any] = dict(tensors.types)
+    description |= {"model_quant_type": kinds[0] if kinds else "FLOAT", "version": "1.0.0"}
+    description |= {"group_size": 0, "metadata": {}, "optional": {}}
+    if model.cache_params is not None:
+        description |= {"kv_cache_type": "C8", "kv_quant_type": "C8"}
+    path.mkdir(parents=True, exist_ok=True)
+    save_file(tensors.arrays, path / f"{ascend_v1.STEM}.safetensors", metadata={"format": "pt"})
+    (path / ascend_v1.DESCRIPTION).write_text(json.dumps(description, indent=1, sort_keys=True))
+    (path / "config.json").write_text(json.dumps(_config(model), indent=1))
+
+
+def _order_back(model: Model) -> np.ndarray:
+    """The order that undoes what partial rotary did to each head's columns on loading."""
+    config = model.config
+    rotary = config.rope.rotary_dim(config.head_dim)
+    return np.argsort(permute_for_rope(None, config.head_dim, rotary_dim=rotary).order)
+
+
+def _put_layer(tensors: _Tensors, name: str, layer: Layer, model: Model) -> None:
+    attention, mlp, back = f"{name}.self_attn", f"{name}.mlp", _order_back(model)
+    for n, linear in zip("qkv", _apart(layer, model), strict=True):
+        if n != "v":
+            heads = np.arange(0, linear.weight.shape[0], len(back))[:, None]
+            linear = _columns(linear, (heads + back).reshape(-1))
+        tensors.linear(f"{attention}.{n}_proj", linear)
+    for n, norm in (("q", layer.q_norm), ("k", layer.k_norm)):
+        if norm is not None:
+            tensors.put(f"{attention}.{n}_norm.weight", np.asarray(norm)[back], "FLOAT")
+    tensors.linear(f"{attention}.o_proj", layer.o)
+    for n, linear in (("gate", layer.gate), ("up", layer.up), ("down", layer.down)):
+        tensors.linear(f"{mlp}.{n}_proj", linear)
+    tensors.put(f"{name}.input_layernorm.weight", layer.norm1, "FLOAT")
+    tensors.put(f"{name}.post_attention_layernorm.weight", layer.norm2, "FLOAT")
+
+
+def _apart(layer: Layer, model: Model) -> list[Linear]:
+    """q, k and v as one linear layer each."""
+    if len(layer.qkv) == 3:
+        return list(layer.qkv)
+    config = model.config
+    heads = [config.n_q_heads, config.n_kv_heads, config.n_kv_heads]
+    ends = np.cumsum(heads) * config.head_dim
+    starts = [0, *ends[:-1]]
+    return [_columns(layer.qkv[0], np.arange(i, j)) for i, j in zip(starts, ends, strict=True)]
+
+
+def _columns(linear: Linear, columns: np.ndarray) -> Linear:
+    """A linear layer with some of its output columns, as NumPy arrays."""
+    fields = {n: a for n, a in vars(linear).items() if n in _OF_COLUMNS and a is not None}
+    chosen: dict[str, Any] = {n: np.asarray(a)[columns] for n, a in fields.items()}
+    return dataclasses.replace(linear, **chosen)
+
+
+def _config(model: Model) -> dict[str, Any]:
+    """config.json: the family that has the model's parts."""
+    config, first = model.config, model.layers[0]
+    windows = set(config.windows)
+    qkv_bias, o_bias = first.qkv[0].bias is not None, first.o.bias is not None
+    if first.q_norm is not None:
+        family = "Qwen3"
+    elif qkv_bias and not o_bias:
+        family = "Qwen2"
+    else:
+        family = "Mistral" if windows != {None} else "Llama"
+    rope = dict(config.rope.values) | {
+        "rope_type": config.rope.type,
+        "rope_theta": config.rope.theta,
+        "partial_rotary_factor": config.rope.partial_rotary_factor,
+    }
+    values = {
+        "architectures": [f"{family}ForCausalLM"],
+        "model_type": family.lower(),
+        "hidden_act": "silu",
+        "hidden_size": config.d_model,
+        "intermediate_size": config.d_ff,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_q_heads,
+        "num_key_value_heads": config.n_kv_heads,
+        "head_dim": config.head_dim,
+        "vocab_size": config.vocab,
+        "max_position_embeddings": config.context,
+        "rms_norm_eps": config.norm_eps,
+        "rope_parameters": rope,
+        "tie_word_embeddings": model.head is None,
+        "eos_token_id": list(config.end_tokens),
+        "dtype": "float32",
+    }
+    if windows != {None}:
+        values["sliding_window"] = max(window for window in windows if window is not None)
+        values["layer_types"] = [
+            "full_attention" if window is None else "sliding_attention" for window in config.windows
+        ]
+        values["use_sliding_window"] = True
+    return values

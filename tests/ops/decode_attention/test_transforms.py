@@ -1,0 +1,237 @@
+"""decode_attention under JAX's transforms, in its lowered programs, and what explain says of it."""
+
+import functools
+import re
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from support import hlo
+from support.attention import Call, in_float64
+
+from jax_kvcache import (
+    KVCache,
+    PagedKVCache,
+    decode_attention,
+    disabled_export_checks,
+    explain_attention,
+)
+
+each_implementation = pytest.mark.parametrize("implementation", ["xla", "ffi"])
+each_kind = pytest.mark.parametrize("kind", ["contiguous", "paged"])
+TARGET = 'custom_call_target="decode_attention"'
+
+
+def drawn(kind, seed=0, **sizes):
+    q, cache, keywords = Call(kind=kind, **sizes).draw(seed)
+    return q, cache, {name: value for name, value in keywords.items() if value is not None}
+
+
+@each_implementation
+@each_kind
+@pytest.mark.parametrize("mapped", ["q", "cache", "both", "scales"])
+def test_vmap_equals_a_loop(mapped, kind, implementation):
+    calls = [drawn(kind, seed, sinks=True, offset=3.0) for seed in range(3)]
+    keywords = calls[0][2] | {"implementation": implementation}
+    (q, cache, _), others = calls[0], [c[1] for c in calls]
+    if mapped == "scales":
+        others = [KVCache if kind == "contiguous" else PagedKVCache] * 3
+        others = [
+            cls(cache.k_cache, cache.v_cache, c[1].scale_k, *[getattr(cache, n) for n in
+                ("scale_v", "offset_k", "offset_v", "layers")])
+            for cls, c in zip(others, calls, strict=True)
+        ]  # fmt: skip
+    qs = [c[0] for c in calls] if mapped in ("q", "both") else [q] * 3
+    caches = [cache] * 3 if mapped == "q" else others
+    axes = (0 if mapped in ("q", "both") else None, None if mapped == "q" else 0)
+    stack = lambda trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)  # noqa: E731
+    if mapped == "scales":
+        scale_axes = jax.tree.map(lambda _: None, cache)
+        scale_axes = type(cache)(None, None, 0, None, None, None, cache.layers)
+        axes = (None, scale_axes)
+        stacked = type(cache)(
+            cache.k_cache, cache.v_cache, jnp.stack([c.scale_k for c in caches]), cache.scale_v,
+            cache.offset_k, cache.offset_v, cache.layers,
+        )  # fmt: skip
+    else:
+        stacked = cache if axes[1] is None else stack(caches)
+    attend = functools.partial(decode_attention, **keywords)
+    out = jax.jit(jax.vmap(attend, in_axes=axes))(q if axes[0] is None else stack(qs), stacked)
+    for i in range(3):
+        np.testing.assert_allclose(out[i], attend(qs[i], caches[i]), rtol=1e-5, atol=1e-6)
+
+
+@each_implementation
+@each_kind
+def test_vmap_shares_an_unmapped_cache(kind, implementation):
+    """No copy of it, and one native call."""
+    q, cache, keywords = drawn(kind, B=2, rows=32768, block=32)
+    attend = functools.partial(decode_attention, **keywords, implementation=implementation)
+    qs = jnp.stack([q] * 4)
+    compiled = jax.jit(jax.vmap(attend, in_axes=(0, None))).lower(qs, cache).compile()
+    assert hlo.cache_copies(compiled.as_text(), cache.k_cache.size) == []
+    assert compiled.memory_analysis().temp_size_in_bytes < cache.k_cache.size
+    assert compiled.as_text().count(TARGET) == (implementation == "ffi")
+
+
+@each_implementation
+@each_kind
+def test_nested_vmap(kind, implementation):
+    calls = [[drawn(kind, 3 * i + j) for j in range(2)] for i in range(2)]
+    keywords = calls[0][0][2] | {"implementation": implementation}
+    attend = functools.partial(decode_attention, **keywords)
+    qs = jnp.stack([jnp.stack([c[0] for c in row]) for row in calls])
+    caches = [row[0][1] for row in calls]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches)
+    inner = jax.vmap(attend, in_axes=(0, None))
+    out = jax.jit(jax.vmap(inner))(qs, stacked)
+    for i in range(2):
+        for j in range(2):
+            np.testing.assert_allclose(out[i, j], attend(qs[i, j], caches[i]), rtol=1e-5, atol=1e-6)
+
+
+@each_kind
+def test_derivatives_are_those_of_the_formula(kind):
+    """Forward mode, by q, against differences of attention in float64."""
+    q, cache, keywords = drawn(kind, offset=3.0)
+    tangent = jnp.asarray(np.random.default_rng(5).standard_normal(q.shape), jnp.float32)
+    attend = functools.partial(decode_attention, cache=cache, **keywords)
+    _, moved = jax.jit(lambda q, t: jax.jvp(attend, (q,), (t,)))(q, tangent)
+    step = 1e-4
+    after, before = (
+        in_float64(
+            np.asarray(q, np.float64) + sign * step * np.asarray(tangent), cache, **keywords
+        )[0]
+        for sign in (1, -1)
+    )
+    np.testing.assert_allclose(moved, (after - before) / (2 * step), rtol=1e-3, atol=1e-3)
+
+
+def test_derivative_by_the_scales():
+    q, cache, keywords = drawn("contiguous")
+
+    def attend(scale_v):
+        changed = KVCache(cache.k_cache, cache.v_cache, cache.scale_k, scale_v, None, None, None)
+        return decode_attention(q, changed, **keywords)
+
+    out, moved = jax.jvp(attend, (cache.scale_v,), (cache.scale_v,))
+    np.testing.assert_allclose(moved, out, rtol=1e-5, atol=1e-6)  # it is linear in scale_v
+
+
+@each_kind
+def test_exported_over_an_automatic_mesh(kind):
+    """Custom partitioning cannot be exported; the reference is, and XLA spreads it."""
+    q, cache, keywords = drawn(kind, B=4)
+    mesh = jax.make_mesh((4,), ("dp",), (AxisType.Auto,))
+    where = NamedSharding(mesh, P())
+    spread = jax.jit(
+        functools.partial(decode_attention, **keywords),
+        in_shardings=(where, jax.tree.map(lambda _: where, cache)),
+    )
+    exported = jax.export.export(spread, disabled_checks=disabled_export_checks())(q, cache)
+    assert exported.nr_devices == 4
+    assert "decode_attention(" not in exported.mlir_module()
+    out = jax.jit(exported.call)(jax.device_put(q, where), jax.device_put(cache, where))
+    np.testing.assert_allclose(out, decode_attention(q, cache, **keywords), rtol=1e-5, atol=1e-6)
+
+
+@each_kind
+def test_exported_for_one_device(kind):
+    q, cache, keywords = drawn(kind)
+    attend = jax.jit(functools.partial(decode_attention, **keywords))
+    exported = jax.export.export(attend, disabled_checks=disabled_export_checks())(q, cache)
+    again = jax.export.deserialize(exported.serialize())
+    np.testing.assert_array_equal(again.call(q, cache), attend(q, cache))
+
+
+@each_kind
+def test_in_a_partly_manual_mesh(kind):
+    q, cache, keywords = drawn(kind, B=4)
+    mesh = jax.make_mesh((2, 2), ("dp", "tp"), (AxisType.Auto,) * 2)
+    attend = functools.partial(decode_attention, **keywords)
+    expected = attend(q, cache)
+
+    def beside(q, cache):  # every device has all sequences; the axis tp stays automatic
+        return attend(q, cache)[None]
+
+    out = jax.jit(
+        jax.shard_map(beside, mesh=mesh, in_specs=P(), out_specs=P("dp"), axis_names={"dp"})
+    )(q, cache)
+    for part in out:
+        np.testing.assert_allclose(part, expected, rtol=1e-5, atol=1e-6)
+    demanded = functools.partial(attend, implementation="ffi")
+    with pytest.raises(NotImplementedError, match="cannot mix automatic mesh axes"):
+        jax.jit(
+            jax.shard_map(
+                lambda q, cache: demanded(q, cache)[None],
+                mesh=mesh, in_specs=P(), out_specs=P("dp"), axis_names={"dp"},
+            )
+        )(q, cache)  # fmt: skip
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@each_kind
+def test_lowered_for_others_the_products_are_float32(kind, platform):
+    """HIGHEST on both products: the default there is less. No transpose is asked of a cache."""
+    q, cache, keywords = drawn(kind, B=2, rows=4096, block=32)
+    attend = jax.jit(functools.partial(decode_attention, **keywords))
+    text = attend.trace(q, cache).lower(lowering_platforms=(platform,)).as_text()
+    products = re.findall(r"stablehlo.dot_general.*", text)
+    assert len(products) == 2
+    assert all("precision = [HIGHEST, HIGHEST]" in product for product in products)
+    size = "x".join(map(str, cache.k_cache.shape))
+    assert f"tensor<{size}xi8>" in text
+    assert not re.search(rf"stablehlo.transpose.*tensor<{size}xi8>", text)
+
+
+@each_implementation
+@each_kind
+def test_write_and_attention_in_one_step(kind, implementation):
+    """No transpose and no copy of a cache or of a layer; one native call of each operator."""
+    call = Call(kind=kind, B=2, rows=32768, block=32, layers=2, D=32)
+    _, cache, keywords = call.draw()
+    H = (call.Nq + 2 * call.Nkv) * call.D
+    x = jnp.ones((2, 1, H))
+    table = keywords.get("block_table")
+    positions = jnp.zeros((2,) if kind == "contiguous" else (2, 1), jnp.int32)
+    tables = jnp.ones((2, 1, 1, call.D))
+
+    def step(cache):
+        where = {"block_table": table, "layer": 1, "implementation": implementation}
+        q, cache = cache.update(x, tables, tables, positions, **where)
+        return decode_attention(q, cache, jnp.ones((2,), jnp.int32), **where), cache
+
+    compiled = jax.jit(step, donate_argnums=0).lower(cache).compile()
+    hlo.assert_in_place(compiled, cache.k_cache.size)
+    assert hlo.cache_copies(compiled.as_text(), cache.k_cache.size // 2) == []
+    assert compiled.memory_analysis().temp_size_in_bytes < cache.k_cache.size // 2
+    assert compiled.as_text().count(TARGET) == (implementation == "ffi")
+
+
+@each_kind
+def test_explain(kind):
+    q, cache, keywords = drawn(kind)
+    answer = explain_attention(q, cache, **keywords)
+    assert answer[:2] == ("cpu", "ffi")
+    assert "the native target 'decode_attention' takes this call" in answer.reason
+    assert explain_attention(q, cache, **keywords, implementation="xla").implementation == "xla"
+    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (q, cache))
+    assert explain_attention(*abstract, **keywords) == answer
+    tpu = explain_attention(q, cache, **keywords, platform="tpu", implementation="ffi")
+    assert tpu.implementation is None
+    assert "no native target for platform 'tpu'" in tpu.reason
+    with pytest.raises(TypeError, match="exactly one of `lengths`"):
+        explain_attention(q, cache)
+
+
+def test_explain_says_where_partitioning_cannot_be_had():
+    mesh = jax.make_mesh((2, 2), ("dp", "tp"), (AxisType.Explicit, AxisType.Auto))
+    q, cache, keywords = drawn("contiguous", B=4)
+    placed = jax.device_put(q, NamedSharding(mesh, P("dp")))
+    answer = explain_attention(placed, cache, **keywords)
+    assert answer.implementation == "xla"
+    assert "cannot mix automatic mesh axes" in answer.reason
