@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 from jax import core
 from jax._src import checkify, dispatch, xla_bridge
+from jax._src.cudnn import fused_attention_stablehlo as fused_attention
 from jax._src.interpreters import mlir
 from jax.extend.core import Primitive
 from jaxlib import xla_client
@@ -177,3 +178,47 @@ def add_checks(primitive: Primitive, findings: Callable[..., Iterable[Finding]])
         return error, primitive.bind(*operands, **params)
 
     checkify.error_checks[primitive] = rule
+
+
+def cudnn_is_missing() -> str | None:
+    """Why cuDNN cannot be called from what this process lowers, or None when it can."""
+    if "cuda" not in initialized_backends().values() and "cuda" not in initialized_backends():
+        return "this process has no NVIDIA GPU"
+    return None if fused_attention.cuda_versions is not None else "JAX was built without cuDNN"
+
+
+def cudnn_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    scale: float,
+    mask: jax.Array | None = None,
+    kv_lengths: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """`jax.nn.dot_product_attention` by cuDNN, with its log-sum-exp as float32.
+
+    The public function rounds the log-sum-exp to q's dtype. In bfloat16 that is too coarse to merge
+    results by.
+
+    Args:
+      q: [B, S, Nq, D] bfloat16 or float16.
+      k, v: [B, rows, Nkv, D], as q.
+      scale: factor of the scores.
+      mask: [B, 1, S, rows] bool.
+      kv_lengths: [B] int32, how many rows each sequence has.
+
+    Returns:
+      out, like q, and lse [B, S, Nq] float32.
+    """
+    kinds = fused_attention.MaskType
+    lengths = None
+    if kv_lengths is not None:
+        lengths = jax.numpy.full(q.shape[:1], q.shape[1], jax.numpy.int32)
+    out, lse = fused_attention.dot_product_attention(
+        q, k, v, None, mask, lengths, kv_lengths,
+        scale=scale,
+        mask_type=kinds.NO_MASK if kv_lengths is None else kinds.PADDING,
+        return_residual=True,
+    )  # fmt: skip
+    return out, lse.transpose(0, 2, 1).astype(jax.numpy.float32)

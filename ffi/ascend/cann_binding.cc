@@ -62,11 +62,12 @@ std::vector<std::string> VendorFolders() {
   constexpr char kKey[] = "load_priority=";
   std::vector<std::string> folders;
   for (const std::string& operators : Entries("ASCEND_OPP_PATH")) {
-    std::ifstream config(operators + "/vendors/config.ini");
+    const std::string vendors = operators + "/vendors/";
+    std::ifstream config(vendors + "config.ini");
     for (std::string line; std::getline(config, line);) {
       if (line.rfind(kKey, 0) != 0) continue;
       for (const std::string& name : Split(line.substr(sizeof kKey - 1), ',')) {
-        AddOnce(&folders, operators + "/vendors/" + name);
+        AddOnce(&folders, vendors + name);
       }
       break;
     }
@@ -81,6 +82,7 @@ std::vector<std::string> OperatorPlaces() {
   std::vector<std::string> places;
   std::vector<std::string> folders = Entries("ASCEND_CUSTOM_OPP_PATH");
   for (const std::string& folder : VendorFolders()) AddOnce(&folders, folder);
+  places.reserve(folders.size());
   for (const std::string& folder : folders) {
     places.push_back(folder + "/op_api/lib/libcust_opapi.so");
   }

@@ -52,6 +52,7 @@ set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
 # driver when it is first used, so that the library loads on a machine without one.
 function(add_cuda_backend library)
   target_sources(${library} PRIVATE cuda/decode_attention.cc cuda/dequant_rope_quant_kvcache.cc)
+  add_cuda_kernel(${library} card cuda/card.cu)
   add_cuda_kernel(${library} dequant_rope_quant_kvcache cuda/dequant_rope_quant_kvcache_kernel.cu)
   add_cuda_kernel(${library} decode_attention_merge cuda/decode_attention_merge.cu)
   foreach(head_dim 64 80 96 112 128 192 256)

@@ -8,6 +8,7 @@
 #include <string>
 
 #include "core/xla_call.h"
+#include "cuda/card.h"
 #include "cuda/decode_attention_kernel.h"
 
 namespace jax_kvcache::decode_attention::cuda {
@@ -31,6 +32,7 @@ ffi::Error Run(jax_kvcache::cuda::Stream stream, ffi::RemainingArgs args, ffi::R
   std::string error = Validate(call, &shape);
   if (error.empty()) error = MakeArguments(call, shape, results[kNumRets], &arguments);
   if (!error.empty()) return ffi::Error::InvalidArgument(std::move(error));
+  arguments.splits = ChooseSplits(arguments, jax_kvcache::cuda::CountMultiprocessors());
   const char* const failure = Launch(arguments, stream);
   if (failure == nullptr) return ffi::Error::Success();
   return ffi::Error::Internal(std::string(kOperator) +

@@ -14,15 +14,21 @@ class Block {
  public:
   using G = Geometry<D>;
 
-  JAX_KVCACHE_DEVICE Block(const Arguments& a, int64_t index, Shared<D>* shared)
+  JAX_KVCACHE_DEVICE Block(const Arguments& a, uint32_t index, Shared<D>* shared)
       : a_(a), place_(a, index), shared_(*shared) {}
 
   JAX_KVCACHE_DEVICE void Run() {
-    Queries<D>(a_, place_, &shared_).Prepare();
+    Queries<D> queries(a_, place_, &shared_);
+    queries.Begin();
     jax_kvcache::cuda::SyncBlock();
     jax_kvcache::cuda::PerWarp<Walk<D>, kWarps> walks;
     EachWarp<kWarps>([&](int warp) {
-      walks[warp].Run(a_, place_, shared_, warp);
+      walks[warp].Begin(a_, place_, shared_, warp);
+      queries.Prepare(warp);
+    });
+    jax_kvcache::cuda::SyncBlock();
+    EachWarp<kWarps>([&](int warp) {
+      walks[warp].Run(a_, place_, shared_);
       EachLane([&](int lane) {
         if (lane % 4 != 0) return;
         JAX_KVCACHE_UNROLL
@@ -65,33 +71,36 @@ class Block {
   // Adds up the warps' results for query rows 8h to 8h + 7 and writes them; `thread` of the block
   // does its share of the columns.
   JAX_KVCACHE_DEVICE void WriteRows(int h, int num_rows, int thread) {
+    constexpr int kPacks = D / kMergedColumns;
     const int rows = num_rows - 8 * h < 8 ? num_rows - 8 * h : 8;
-    for (int i = thread; i < rows * D; i += kWarps * kWarpLanes) {
-      const int row = 8 * h + i / D;
-      const int column = i % D;
-      Merged merged;
-      for (int w = 0; w < kWarps; ++w) merged.See(shared_.peak[w][row], shared_.total[w][row]);
-      for (int w = 0; w < kWarps; ++w) {
-        merged.Add(shared_.peak[w][row], shared_.total[w][row], shared_.sums[w][row % 8][column]);
-      }
-      Write(place_.At(a_, row), column, merged, shared_.bias[row]);
+    for (int i = thread; i < rows * kPacks; i += kWarps * kWarpLanes) {
+      WriteColumns(8 * h + i / kPacks, i % kPacks * kMergedColumns);
     }
   }
 
-  JAX_KVCACHE_DEVICE void Write(const Place::Query& query, int column, const Merged& merged,
-                                float bias) {
-    if (a_.shape.soft_cap != 0.0f) bias = 0.0f;  // it is in the scores
+  JAX_KVCACHE_DEVICE void WriteColumns(int row, int column) {
+    Merged<kMergedColumns> merged;
+    JAX_KVCACHE_UNROLL
+    for (int w = 0; w < kWarps; ++w) merged.See(shared_.peak[w][row], shared_.total[w][row]);
+    JAX_KVCACHE_UNROLL
+    for (int w = 0; w < kWarps; ++w) {
+      merged.Add(shared_.peak[w][row], shared_.total[w][row],
+                 LoadPack<kMergedColumns>(&shared_.sums[w][row % 8][column]));
+    }
+    const float bias = a_.shape.soft_cap != 0.0f ? 0.0f : shared_.bias[row];  // is in the scores
+    const Place::Query query = place_.At(a_, row);
     if (a_.splits == 1) {
-      Finish(a_, place_.group, query.query, query.q_head, column, merged, bias);
+      Output<kMergedColumns>(a_, place_.group, query.query, query.q_head,
+                             static_cast<uint32_t>(column))
+          .Write(merged, bias);
       return;
     }
-    const int64_t row = query.query * a_.shape.num_q_heads + query.q_head;
-    float* const part = a_.partials + (row * a_.splits + place_.split) * (D + kExtras);
-    part[column] = merged.sum;
+    const int64_t of_q = query.query * a_.shape.num_q_heads + query.q_head;
+    float* const part = a_.partials + (of_q * a_.splits + place_.split) * (D + kExtras);
+    jax_kvcache::cuda::StorePack<kMergedColumns>(merged.sums, part + column);
     if (column == 0) {
-      part[D] = merged.peak;
-      part[D + 1] = merged.total;
-      part[D + 2] = bias;
+      const Pack<float, kExtras> extras = {{merged.peak, merged.total, bias, 0.0f}};
+      jax_kvcache::cuda::StorePack<kExtras>(extras, part + D);
     }
   }
 

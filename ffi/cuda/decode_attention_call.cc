@@ -2,6 +2,7 @@
 // blocks.
 #include "cuda/decode_attention_call.h"
 
+#include <algorithm>
 #include <cstdint>
 #include <string>
 
@@ -11,11 +12,8 @@
 namespace jax_kvcache::decode_attention::cuda {
 namespace {
 
-// So many blocks of threads keep the largest card busy. A call with fewer splits long sequences
-// finely; in a call with more, a short sequence is not worth more than one block.
-constexpr int64_t kManyBlocks = 512;
-constexpr uint32_t kFewRows = 128;
-constexpr uint32_t kManyRows = 1024;
+// What a block takes to begin and to end, in the rows that it could go through in that time.
+constexpr int64_t kRowsOfOverhead = 64;
 
 // Makes the checks in turn and fills the arguments as it goes.
 class Maker : private Checks {
@@ -24,7 +22,7 @@ class Maker : private Checks {
       : Checks(kOperator), call_(call), shape_(shape), scratch_(scratch), a_(*arguments) {}
 
   std::string Run() {
-    const bool ok = CheckHeadDim() && CheckCaches() && CheckScratch();
+    const bool ok = CheckHeadDim() && CheckSizes() && CheckAlignment() && CheckScratch();
     if (!ok) return error();
     Fill();
     return std::string();
@@ -39,12 +37,20 @@ class Maker : private Checks {
                          std::to_string(shape_.head_dim) + ".");
   }
 
-  bool CheckCaches() {
+  // Blocks of threads and elements of q are numbered in 32 bits.
+  bool CheckSizes() {
+    const int64_t elements = Rows() * shape_.head_dim;
+    if (elements <= INT32_MAX) return true;
+    return Fail("q", "must have at most 2147483647 elements for the CUDA kernel, got " +
+                         std::to_string(elements) + ".");
+  }
+
+  bool CheckAlignment() {
     if (shape_.blocks * shape_.block_rows >= UINT32_MAX) {
       return Fail("k_cache", "must have fewer than 4294967295 rows for the CUDA kernel, got " +
                                  std::to_string(shape_.blocks * shape_.block_rows) + ".");
     }
-    for (const Arg arg : {kKCache, kVCache}) {
+    for (const Arg arg : {kKCache, kVCache, kScaleV, kOffsetV}) {
       if (reinterpret_cast<uintptr_t>(call_.args[arg].data) % 16 != 0) {
         return Fail(kArgNames[arg], "must begin at a multiple of 16 bytes for the CUDA kernel.");
       }
@@ -61,7 +67,7 @@ class Maker : private Checks {
     }
     if (!HasMemory("scratch", scratch_)) return false;
     const int64_t splits = scratch_.dims[0] / per_split;
-    a_.splits = splits < 1 ? 1 : static_cast<int>(splits);
+    a_.splits = splits < 1 ? 1 : static_cast<uint32_t>(splits);
     return true;
   }
 
@@ -87,9 +93,11 @@ class Maker : private Checks {
     a_.out = call_.rets[kOut].data;
     if (shape_.return_lse) a_.lse = static_cast<float*>(call_.rets[kLse].data);
     if (a_.splits > 1) a_.partials = static_cast<float*>(scratch_.data);
-    const int64_t query_rows = shape_.queries * (shape_.num_q_heads / shape_.num_kv_heads);
-    a_.tiles = static_cast<int>(jax_kvcache::cuda::CeilDivide<int64_t>(query_rows, kTileRows));
-    a_.fewest_rows = a_.Blocks() / a_.splits < kManyBlocks ? kFewRows : kManyRows;
+    a_.kv_heads = static_cast<uint32_t>(shape_.num_kv_heads);
+    a_.queries_per_head = static_cast<uint32_t>(shape_.queries_per_kv_head());
+    a_.sequences = static_cast<uint32_t>(shape_.sequences);
+    a_.query_rows = static_cast<uint32_t>(shape_.queries) * a_.queries_per_head;
+    a_.tiles = jax_kvcache::cuda::CeilDivide<uint32_t>(a_.query_rows, kTileRows);
   }
 
   const Call& call_;
@@ -99,6 +107,28 @@ class Maker : private Checks {
 };
 
 }  // namespace
+
+uint32_t ChooseSplits(const Arguments& arguments, int multiprocessors) {
+  if (multiprocessors <= 0) return arguments.splits;
+  const Shape& shape = arguments.shape;
+  const int64_t at_once = int64_t{multiprocessors} * BlocksTogether(shape.head_dim);
+  const int64_t blocks = arguments.Blocks() / arguments.splits;  // without splits
+  int64_t rows = shape.table_blocks * shape.block_rows;
+  if (shape.window > 0) rows = std::min(rows, shape.window + shape.queries);
+  uint32_t best = 1;
+  int64_t least = INT64_MAX;
+  for (uint32_t splits = 1; splits <= arguments.splits; ++splits) {
+    // Blocks come and go in waves, and each takes as long as it has rows.
+    const int64_t waves = jax_kvcache::cuda::CeilDivide<int64_t>(blocks * splits, at_once);
+    const int64_t of_block = jax_kvcache::cuda::CeilDivide<int64_t>(rows, splits);
+    const int64_t cost = waves * (of_block + kRowsOfOverhead);
+    if (cost < least) {
+      least = cost;
+      best = splits;
+    }
+  }
+  return best;
+}
 
 std::string MakeArguments(const Call& call, const Shape& shape, const Tensor& scratch,
                           Arguments* arguments) {

@@ -12,7 +12,8 @@ namespace jax_kvcache::decode_attention::cuda {
 
 inline constexpr int kWarps = 4;      // of a block of threads
 inline constexpr int kTileRows = 16;  // query rows that a block has: the rows of one matrix product
-inline constexpr int kExtras = 3;     // what a partial result has beside its D sums
+// What a partial result has beside its D sums; four, so that four columns can be read together.
+inline constexpr int kExtras = 4;
 
 // A query row is one query head of one query. The query rows of a kv head are numbered query by
 // query. A partial result is that of some of the cache rows: D sums of weighted codes, the peak of
@@ -33,9 +34,14 @@ struct Arguments {
   float* lse = nullptr;                // [*g, B, S, Nq], optional
   float* partials = nullptr;           // [*g, B, S, Nq, splits, D + kExtras], where splits > 1
 
-  int tiles = 1;             // of query rows, per kv head
-  int splits = 1;            // of the cache rows of a sequence
-  uint32_t fewest_rows = 0;  // that a block takes, if the sequence has so many
+  // Sizes in 32 bits, in which a GPU divides several times faster than in 64.
+  uint32_t kv_heads = 1;          // Nkv
+  uint32_t queries_per_head = 1;  // Nq / Nkv, query heads of a kv head
+  uint32_t sequences = 1;         // B
+  uint32_t query_rows = 1;        // S * Nq / Nkv, of a kv head
+  uint32_t tiles = 1;             // of query rows, per kv head
+  uint32_t splits = 1;            // of the cache rows of a sequence
+  uint32_t fewest_rows = 128;     // of a split, if the sequence has so many
 
   // Blocks of threads: those of one sequence, kv head and split are neighbours, because they read
   // the same codes.
@@ -43,6 +49,13 @@ struct Arguments {
     return shape.groups.count * shape.sequences * shape.num_kv_heads * splits * tiles;
   }
 };
+
+// How many blocks of threads share the registers of one multiprocessor.
+constexpr int BlocksTogether(int64_t head_dim) { return head_dim <= 64 ? 3 : 2; }
+
+// Over how many splits the rows are spread: at most `arguments.splits`, for which there is scratch.
+// It follows from shapes and from the card alone.
+uint32_t ChooseSplits(const Arguments& arguments, int multiprocessors);
 
 // Fills the arguments of a checked call. `scratch` is the result that holds the partial results,
 // [0] or [splits * G*B*S*Nq * (D + kExtras)] float32. Returns an empty string, or what the CUDA

@@ -9,85 +9,136 @@
 
 namespace jax_kvcache::decode_attention::cuda {
 
+using jax_kvcache::cuda::BFloat;
+using jax_kvcache::cuda::LoadPack;
+
 inline constexpr float kLn2 = 0.6931471805599453f;
 
-// One column of the partial results of a query row, as they are added up. First all of them go
-// through See, then all through Add. A partial result whose total is 0 saw no row; its sum may be
-// anything.
+// Some columns of the partial results of a query row, as they are added up. First all of them go
+// through See, then all through Add. A partial result whose total is 0 saw no row, and its sums are
+// 0.
+template <int N>
 struct Merged {
   float peak = -kInfinity;
   float total = 0.0f;
-  float sum = 0.0f;
+  Pack<float, N> sums = {};
 
   JAX_KVCACHE_DEVICE void See(float part_peak, float part_total) {
     if (part_total != 0.0f) peak = fmaxf(peak, part_peak);
   }
-  JAX_KVCACHE_DEVICE float FactorOf(float part_peak) const {
-    return part_peak == peak ? 1.0f : Exp2(part_peak - peak);  // both may be -infinity
-  }
-  JAX_KVCACHE_DEVICE void Add(float part_peak, float part_total, float part_sum) {
-    if (part_total == 0.0f) return;
-    const float factor = FactorOf(part_peak);
+  JAX_KVCACHE_DEVICE void Add(float part_peak, float part_total, const Pack<float, N>& part_sums) {
+    float factor = part_peak == peak ? 1.0f : Exp2(part_peak - peak);
+    if (part_total == 0.0f) factor = 0.0f;  // both peaks may be -infinity
     total += part_total * factor;
-    sum += part_sum * factor;
+    JAX_KVCACHE_UNROLL
+    for (int i = 0; i < N; ++i) sums.at[i] += part_sums.at[i] * factor;
   }
 };
 
-// Writes column `column` of a query row of `out`, and with column 0 its `lse`.
-JAX_KVCACHE_DEVICE void Finish(const Arguments& a, int64_t group, int64_t query, int64_t q_head,
-                               int64_t column, const Merged& m, float bias) {
-  const Shape& shape = a.shape;
-  const int64_t head_dim = shape.head_dim;
-  const int64_t row = query * shape.num_q_heads + q_head;
-  const bool seen = m.total != 0.0f;  // also if it is NaN
-  if (a.lse != nullptr && column == 0) {
-    a.lse[row] = seen ? (m.peak + (log2f(m.total) - kWeightExponent)) * kLn2 + bias : -kInfinity;
+// Where columns `column` to `column + N - 1` of a query row of `out` are written, and with column 0
+// its `lse`. What that needs is read when this is made, long before it is used.
+template <int N>
+class Output {
+ public:
+  JAX_KVCACHE_DEVICE Output(const Arguments& a, uint32_t group, int64_t query, uint32_t q_head,
+                            uint32_t column)
+      : a_(a), row_(query * a.shape.num_q_heads + q_head), column_(column) {
+    const Shape& shape = a.shape;
+    const int64_t size = shape.num_kv_heads * shape.head_dim;
+    const int64_t at = q_head / a.queries_per_head * shape.head_dim + column;
+    const float* const scale = OfGroup(a, a.scale_v, kScaleV, group, size);
+    const float* const offset = OfGroup(a, a.offset_v, kOffsetV, group, size);
+    scale_ = LoadPack<N>(scale + at);
+    if (offset != nullptr) offset_ = LoadPack<N>(offset + at);
+    if (a.sinks != nullptr) sink_ = OfGroup(a, a.sinks, kSinks, group, shape.num_q_heads)[q_head];
   }
-  float value = 0.0f;
-  if (seen) {
-    const int64_t size = shape.num_kv_heads * head_dim;
-    const int64_t at = q_head / (shape.num_q_heads / shape.num_kv_heads) * head_dim + column;
-    float sum = m.sum;
-    if (a.offset_v != nullptr) {
-      sum -= OfGroup(a, a.offset_v, kOffsetV, group, size)[at] * m.total;
+
+  // `bias`: what K's offset adds to every score.
+  JAX_KVCACHE_DEVICE void Write(const Merged<N>& m, float bias) const {
+    const bool seen = m.total != 0.0f;  // also if it is NaN
+    if (a_.lse != nullptr && column_ == 0) {
+      a_.lse[row_] =
+          seen ? (m.peak + (log2f(m.total) - kWeightExponent)) * kLn2 + bias : -kInfinity;
     }
     float total = m.total;
-    if (a.sinks != nullptr) {
-      const float sink = OfGroup(a, a.sinks, kSinks, group, shape.num_q_heads)[q_head];
-      total += Exp2((sink - bias) * kLog2E - m.peak + kWeightExponent);
+    if (a_.sinks != nullptr) total += Exp2((sink_ - bias) * kLog2E - m.peak + kWeightExponent);
+    Pack<float, N> values;
+    JAX_KVCACHE_UNROLL
+    for (int i = 0; i < N; ++i) {
+      const float sum = m.sums.at[i] - offset_.at[i] * m.total;
+      values.at[i] = seen ? sum / total * scale_.at[i] : 0.0f;
     }
-    value = sum / total * OfGroup(a, a.scale_v, kScaleV, group, size)[at];
+    const int64_t to = row_ * a_.shape.head_dim + column_;
+    if (a_.shape.q_dtype == DType::kF16) {
+      StoreAs<Half>(values, to);
+    } else if (a_.shape.q_dtype == DType::kBF16) {
+      StoreAs<BFloat>(values, to);
+    } else {
+      StoreAs<float>(values, to);
+    }
   }
-  const int64_t to = row * head_dim + column;
-  if (shape.q_dtype == DType::kF16) {
-    static_cast<Half*>(a.out)[to] = ToHalf(value);
-  } else if (shape.q_dtype == DType::kBF16) {
-    static_cast<jax_kvcache::cuda::BFloat*>(a.out)[to] = jax_kvcache::cuda::ToBFloat(value);
-  } else {
-    static_cast<float*>(a.out)[to] = value;
-  }
-}
 
-// What thread `index` of the merging kernel does: one column of one query row, over all splits.
-JAX_KVCACHE_DEVICE void MergeSplits(const Arguments& a, int64_t index) {
-  const Shape& shape = a.shape;
-  const int64_t column = index % shape.head_dim;
-  const int64_t row = index / shape.head_dim;
-  const int64_t query = row / shape.num_q_heads;
-  const int64_t group = query / (shape.sequences * shape.queries);
-  if (group >= shape.groups.count) return;
-  const int64_t width = shape.head_dim + kExtras;
-  const float* const parts = a.partials + row * a.splits * width;
-  Merged merged;
-  for (int split = 0; split < a.splits; ++split) {
-    const float* const extras = parts + split * width + shape.head_dim;
-    merged.See(extras[0], extras[1]);
+ private:
+  template <typename T>
+  JAX_KVCACHE_DEVICE void StoreAs(const Pack<float, N>& values, int64_t to) const {
+    Pack<T, N> rounded;
+    JAX_KVCACHE_UNROLL
+    for (int i = 0; i < N; ++i) rounded.at[i] = jax_kvcache::cuda::RoundTo<T>(values.at[i]);
+    jax_kvcache::cuda::StorePack<N>(rounded, static_cast<T*>(a_.out) + to);
   }
-  for (int split = 0; split < a.splits; ++split) {
-    const float* const part = parts + split * width;
-    merged.Add(part[shape.head_dim], part[shape.head_dim + 1], part[column]);
+
+  const Arguments& a_;
+  const int64_t row_;  // of q
+  const uint32_t column_;
+  Pack<float, N> scale_;
+  Pack<float, N> offset_ = {};
+  float sink_ = 0.0f;
+};
+
+// Columns of a query row that a thread adds up.
+inline constexpr int kMergedColumns = 4;
+
+// Splits whose partial results a thread of the merging kernel reads at a time.
+inline constexpr int kMergedSplits = 8;
+
+// What thread `index` of the merging kernel does.
+JAX_KVCACHE_DEVICE void MergeSplits(const Arguments& a, uint32_t index) {
+  const auto head_dim = static_cast<uint32_t>(a.shape.head_dim);
+  const uint32_t threads_per_row = head_dim / kMergedColumns;
+  const uint32_t row = index / threads_per_row;
+  const uint32_t column = (index - row * threads_per_row) * kMergedColumns;
+  const uint32_t q_heads = a.kv_heads * a.queries_per_head;
+  const uint32_t query = row / q_heads;
+  const uint32_t group = query / (a.sequences * static_cast<uint32_t>(a.shape.queries));
+  if (group >= a.shape.groups.count) return;
+  const uint32_t width = head_dim + kExtras;
+  const Output<kMergedColumns> output(a, group, query, row - query * q_heads, column);
+  const float* part = a.partials + int64_t{row} * a.splits * width;
+  const float bias = part[head_dim + 2];
+  Merged<kMergedColumns> merged;
+  for (uint32_t begin = 0; begin < a.splits; begin += kMergedSplits) {
+    Pack<float, kMergedColumns> sums[kMergedSplits];
+    Pack<float, kExtras> extras[kMergedSplits];
+    JAX_KVCACHE_UNROLL
+    for (uint32_t i = 0; i < kMergedSplits; ++i, part += width) {
+      sums[i] = {};
+      extras[i] = {};
+      if (begin + i >= a.splits) continue;
+      sums[i] = LoadPack<kMergedColumns>(part + column);
+      extras[i] = LoadPack<kExtras>(part + head_dim);
+    }
+    Merged<kMergedColumns> more;
+    more.See(merged.peak, merged.total);
+    JAX_KVCACHE_UNROLL
+    for (int i = 0; i < kMergedSplits; ++i) more.See(extras[i].at[0], extras[i].at[1]);
+    more.Add(merged.peak, merged.total, merged.sums);
+    JAX_KVCACHE_UNROLL
+    for (int i = 0; i < kMergedSplits; ++i) {
+      more.Add(extras[i].at[0], extras[i].at[1], sums[i]);
+    }
+    merged = more;
   }
-  Finish(a, group, query, row % shape.num_q_heads, column, merged, parts[shape.head_dim + 2]);
+  output.Write(merged, bias);
 }
 
 }  // namespace jax_kvcache::decode_attention::cuda

@@ -11,11 +11,8 @@ namespace {
 
 constexpr int kThreads = kWarps * kWarpLanes;
 
-// So many blocks share a multiprocessor's registers. With one more, a kernel would not have enough.
-constexpr int kBlocksTogether = JAX_KVCACHE_HEAD_DIM > 128 || JAX_KVCACHE_HEAD_DIM == 112 ? 2 : 3;
-
 template <int D>
-__global__ void __launch_bounds__(kThreads, kBlocksTogether)
+__global__ void __launch_bounds__(kThreads, BlocksTogether(D))
     Kernel(const __grid_constant__ Arguments arguments) {
   __shared__ Shared<D> shared;
   Block<D>(arguments, blockIdx.x, &shared).Run();

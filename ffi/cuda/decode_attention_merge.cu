@@ -14,15 +14,15 @@ using jax_kvcache::cuda::kBlockThreads;
 
 __global__ void __launch_bounds__(kBlockThreads)
     Kernel(const __grid_constant__ Arguments arguments) {
-  MergeSplits(arguments, int64_t{blockIdx.x} * kBlockThreads + threadIdx.x);
+  MergeSplits(arguments, blockIdx.x * kBlockThreads + threadIdx.x);
 }
 
 }  // namespace
 
 const char* LaunchMerge(const Arguments& arguments, jax_kvcache::cuda::Stream stream) {
   const Shape& shape = arguments.shape;
-  const int64_t threads =
-      shape.groups.count * shape.sequences * shape.queries * shape.num_q_heads * shape.head_dim;
+  const int64_t rows = shape.groups.count * shape.sequences * shape.queries * shape.num_q_heads;
+  const int64_t threads = rows * (shape.head_dim / kMergedColumns);
   const int64_t blocks = jax_kvcache::cuda::CeilDivide<int64_t>(threads, kBlockThreads);
   return jax_kvcache::cuda::LaunchKernel(Kernel, blocks, kBlockThreads, stream, arguments);
 }

@@ -11,42 +11,37 @@
 namespace jax_kvcache::decode_attention::cuda {
 
 struct Place {
-  int64_t sequence;  // in [0, G * B)
-  int64_t group;     // in [0, G)
-  int64_t kv_head;
-  int split;
-  int64_t first_query_row;  // of the kv head
+  uint32_t sequence;  // in [0, G * B)
+  uint32_t group;     // in [0, G)
+  uint32_t kv_head;
+  uint32_t split;
+  uint32_t first_query_row;  // of the kv head
 
-  JAX_KVCACHE_DEVICE Place(const Arguments& a, int64_t block) {
+  JAX_KVCACHE_DEVICE Place(const Arguments& a, uint32_t block) {
     first_query_row = block % a.tiles * kTileRows;
     block /= a.tiles;
-    split = static_cast<int>(block % a.splits);
+    split = block % a.splits;
     block /= a.splits;
-    kv_head = block % a.shape.num_kv_heads;
-    sequence = block / a.shape.num_kv_heads;
-    group = sequence / a.shape.sequences;
+    kv_head = block % a.kv_heads;
+    sequence = block / a.kv_heads;
+    group = sequence / a.sequences;
   }
 
-  // Query row `i` of the block as (query, query head).
+  // Query row `i` of the block, which exists, as (query, query head).
   struct Query {
-    int64_t query;   // in [0, G * B * S)
-    int64_t q_head;  // in [0, Nq)
-    bool exists;
+    int64_t query;    // in [0, G * B * S)
+    uint32_t q_head;  // in [0, Nq)
   };
   JAX_KVCACHE_DEVICE Query At(const Arguments& a, int i) const {
-    const int64_t q_heads = a.shape.num_q_heads / a.shape.num_kv_heads;  // of the kv head
-    const int64_t row = first_query_row + i;
-    Query query;
-    query.exists = row < a.shape.queries * q_heads;
-    query.query = sequence * a.shape.queries + row / q_heads;
-    query.q_head = kv_head * q_heads + row % q_heads;
-    return query;
+    const uint32_t row = first_query_row + static_cast<uint32_t>(i);
+    const uint32_t query = row / a.queries_per_head;
+    return {sequence * a.shape.queries + query,
+            kv_head * a.queries_per_head + (row - query * a.queries_per_head)};
   }
 
   // The query rows of the block that exist, at most kTileRows.
   JAX_KVCACHE_DEVICE int NumQueryRows(const Arguments& a) const {
-    const int64_t q_heads = a.shape.num_q_heads / a.shape.num_kv_heads;
-    const int64_t rest = a.shape.queries * q_heads - first_query_row;
+    const uint32_t rest = a.query_rows - first_query_row;
     return rest < kTileRows ? static_cast<int>(rest) : kTileRows;
   }
 };

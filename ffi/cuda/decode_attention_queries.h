@@ -62,19 +62,13 @@ JAX_KVCACHE_DEVICE int ScaleExponent(float largest) {
   return (exponent < -100 ? -100 : exponent) - kQueryExponent;
 }
 
-JAX_KVCACHE_DEVICE float LoadFloat(const void* from, int64_t i, DType dtype) {
-  if (dtype == DType::kF16) return ToFloat(static_cast<const Half*>(from)[i]);
-  if (dtype == DType::kBF16) return ToFloat(static_cast<const jax_kvcache::cuda::BFloat*>(from)[i]);
-  return static_cast<const float*>(from)[i];
-}
-
 template <int D>
 class Queries {
  public:
   using G = Geometry<D>;
 
   JAX_KVCACHE_DEVICE Queries(const Arguments& a, const Place& place, Shared<D>* shared)
-      : a_(a), place_(place), shared_(*shared) {
+      : a_(a), place_(place), shared_(*shared), num_rows_(place.NumQueryRows(a)) {
     const int64_t size = a.shape.num_kv_heads * D;
     const int64_t at = place.kv_head * D;
     scale_k_ = OfGroup(a, a.scale_k, kScaleK, place.group, size) + at;
@@ -82,54 +76,116 @@ class Queries {
     if (offset_k_ != nullptr) offset_k_ += at;
   }
 
-  // Each warp prepares some of the query rows.
-  JAX_KVCACHE_DEVICE void Prepare() {
+  // Writes which cache rows each query row sees, and zeros where no query row will be.
+  JAX_KVCACHE_DEVICE void Begin() {
     EachWarp<kWarps>([&](int warp) {
-      for (int row = warp; row < kTileRows; row += kWarps) {
-        const Place::Query query = place_.At(a_, row);
-        PrepareRow(row, query);
-        EachLane([&](int lane) {
-          if (lane == 0) FindRows(row, query);
-        });
-      }
+      EachLane([&](int lane) {
+        const int thread = warp * kWarpLanes + lane;
+        if (thread < kTileRows) FindRows(thread);
+        if (num_rows_ < kTileRows) ClearFactors(thread);
+      });
     });
   }
 
+  // Writes the query rows as factors; each warp prepares some of them. All of its numbers are on
+  // their way before it uses the first one.
+  JAX_KVCACHE_DEVICE void Prepare(int warp) {
+    PerLane<Columns> rows[kRowsOfWarp];
+    PerLane<Columns> scale;
+    PerLane<Columns> offset;
+    EachLane([&](int lane) {
+      JAX_KVCACHE_UNROLL
+      for (int i = 0; i < kPerLane; ++i) {
+        const int column = lane + i * kWarpLanes;
+        const bool exists = D % kWarpLanes == 0 || column < D;
+        scale[lane].at[i] = exists ? scale_k_[column] : 0.0f;
+        offset[lane].at[i] = exists && offset_k_ != nullptr ? offset_k_[column] : 0.0f;
+      }
+    });
+    switch (a_.shape.q_dtype) {
+      case DType::kF16:
+        Load<Half>(warp, rows);
+        break;
+      case DType::kBF16:
+        Load<jax_kvcache::cuda::BFloat>(warp, rows);
+        break;
+      default:
+        Load<float>(warp, rows);
+    }
+    JAX_KVCACHE_UNROLL
+    for (int r = 0; r < kRowsOfWarp; ++r) {
+      if (r * kWarps + warp < num_rows_) PrepareRow(r * kWarps + warp, rows[r], scale, offset);
+    }
+  }
+
  private:
+  static constexpr int kRowsOfWarp = kTileRows / kWarps;
   static constexpr int kPerLane = (D + kWarpLanes - 1) / kWarpLanes;  // columns
   struct Columns {
     float at[kPerLane];
   };
 
-  // Writes factor A, the scores' factor and their bias. A row that does not exist has zeros.
-  JAX_KVCACHE_DEVICE void PrepareRow(int row, const Place::Query& query) {
-    PerLane<Columns> values;
+  // The factors of rows that do not exist stay zeros.
+  JAX_KVCACHE_DEVICE void ClearFactors(int thread) {
+    uint32_t* const words = &shared_.q[0][0][0][0];
+    constexpr int kPacks = static_cast<int>(sizeof(shared_.q) / 16);
+    for (int i = thread; i < kPacks; i += kWarps * kWarpLanes) {
+      jax_kvcache::cuda::StorePack<4>(Pack<uint32_t, 4>{}, words + 4 * i);
+    }
+    if (thread < kTileRows) {
+      shared_.factor[thread] = 0.0f;
+      shared_.bias[thread] = 0.0f;
+    }
+  }
+
+  template <typename T>
+  JAX_KVCACHE_DEVICE void Load(int warp, PerLane<Columns> (&rows)[kRowsOfWarp]) const {
+    JAX_KVCACHE_UNROLL
+    for (int r = 0; r < kRowsOfWarp; ++r) {
+      const int row = r * kWarps + warp;
+      const Place::Query query = place_.At(a_, row);
+      const T* const q =
+          static_cast<const T*>(a_.q) + (query.query * a_.shape.num_q_heads + query.q_head) * D;
+      EachLane([&](int lane) {
+        JAX_KVCACHE_UNROLL
+        for (int i = 0; i < kPerLane; ++i) {
+          const int column = lane + i * kWarpLanes;
+          T value{};
+          if (row < num_rows_ && (D % kWarpLanes == 0 || column < D)) value = q[column];
+          rows[r][lane].at[i] = ToFloat(value);
+        }
+      });
+    }
+  }
+
+  // Writes factor A of a row, the scores' factor and their bias.
+  JAX_KVCACHE_DEVICE void PrepareRow(int row, PerLane<Columns>& values,
+                                     const PerLane<Columns>& scale,
+                                     const PerLane<Columns>& offset) {
     PerLane<float> largest;
     PerLane<float> bias;
-    const int64_t at = (query.query * a_.shape.num_q_heads + query.q_head) * D;
     EachLane([&](int lane) {
       largest[lane] = 0.0f;
       bias[lane] = 0.0f;
+      JAX_KVCACHE_UNROLL
       for (int i = 0; i < kPerLane; ++i) {
-        const int column = lane + i * kWarpLanes;
-        float value = 0.0f;
-        if (query.exists && column < D) {
-          value =
-              LoadFloat(a_.q, at + column, a_.shape.q_dtype) * (scale_k_[column] * a_.shape.scale);
-          if (offset_k_ != nullptr) bias[lane] -= value * offset_k_[column];
-        }
-        values[lane].at[i] = value;
+        float& value = values[lane].at[i];
+        value *= scale[lane].at[i] * a_.shape.scale;
+        if (offset_k_ != nullptr) bias[lane] -= value * offset[lane].at[i];
         const float size = value < 0.0f ? -value : value;
         if (size > largest[lane]) largest[lane] = size;
       }
     });
     jax_kvcache::cuda::MaxOf<kWarpLanes>(&largest);
-    jax_kvcache::cuda::SumOf<kWarpLanes>(&bias);
+    if (offset_k_ != nullptr) jax_kvcache::cuda::SumOf<kWarpLanes>(&bias);
     EachLane([&](int lane) {
       const int exponent = ScaleExponent(largest[lane]);
+      JAX_KVCACHE_UNROLL
       for (int i = 0; i < kPerLane; ++i) {
         const int column = lane + i * kWarpLanes;
-        if (column < D) StoreFactor(row, column, values[lane].at[i] * PowerOfTwo(-exponent));
+        if (D % kWarpLanes == 0 || column < D) {
+          StoreFactor(row, column, values[lane].at[i] * PowerOfTwo(-exponent));
+        }
       }
       if (lane == 0) {
         shared_.factor[row] = PowerOfTwo(exponent);
@@ -155,11 +211,11 @@ class Queries {
   }
 
   // A row that does not exist sees everything, so that it is never the reason to mask a score.
-  JAX_KVCACHE_DEVICE void FindRows(int row, const Place::Query& query) {
+  JAX_KVCACHE_DEVICE void FindRows(int row) {
     shared_.low[row] = 0;
     shared_.high[row] = UINT32_MAX;
-    if (!query.exists) return;
-    const int64_t position = a_.positions[query.query];
+    if (row >= num_rows_) return;
+    const int64_t position = a_.positions[place_.At(a_, row).query];
     const int64_t capacity = a_.shape.table_blocks * a_.shape.block_rows;
     if (position < 0) {
       shared_.low[row] = 1;
@@ -176,6 +232,7 @@ class Queries {
   const Arguments& a_;
   const Place& place_;
   Shared<D>& shared_;
+  const int num_rows_;  // that exist
   const float* scale_k_;
   const float* offset_k_;
 };

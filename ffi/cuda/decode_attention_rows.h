@@ -48,6 +48,25 @@ struct RowFinder {
   }
 };
 
+// Where kRows rows of a sequence are in the cache, each in the lane of its number.
+template <int D>
+struct PlacesOfRows {
+  uint32_t exist;  // bit i: row i is there
+  PerLane<uint32_t> row;
+
+  PlacesOfRows() = default;
+  // Rows [begin, begin + kRows), of which those from `end` on do not exist.
+  JAX_KVCACHE_DEVICE PlacesOfRows(const RowFinder& finder, uint32_t begin, uint32_t end) {
+    PerLane<bool> exists;
+    EachLane([&](int lane) {
+      row[lane] = 0;
+      const uint32_t number = begin + static_cast<uint32_t>(lane);
+      exists[lane] = lane < Geometry<D>::kRows && number < end && finder.Find(number, &row[lane]);
+    });
+    exist = jax_kvcache::cuda::Ballot(exists);
+  }
+};
+
 // kRows rows of K and V of one kv head, in the registers of a warp.
 template <int D>
 struct Rows {
@@ -55,25 +74,16 @@ struct Rows {
   using KeyPack = Pack<uint32_t, G::kKeyBytes / 4>;
   using ValuePack = Pack<uint32_t, G::kValueBytes / 4>;
 
-  uint32_t exist;  // bit i: row i is there
   PerLane<KeyPack> keys[G::kRows / 8][G::kKeyLoads];
   PerLane<ValuePack> values[G::kRows / 4][G::kValueLoads];
 
-  // Reads rows [begin, begin + kRows) of the sequence, of which those from `end` on do not exist.
-  JAX_KVCACHE_DEVICE void Read(const RowFinder& finder, uint32_t begin, uint32_t end,
-                               const int8_t* k_codes, const int8_t* v_codes, int64_t row_size) {
-    PerLane<uint32_t> row;
-    PerLane<bool> exists;
-    EachLane([&](int lane) {
-      row[lane] = 0;
-      const uint32_t number = begin + static_cast<uint32_t>(lane);
-      exists[lane] = lane < G::kRows && number < end && finder.Find(number, &row[lane]);
-    });
-    exist = jax_kvcache::cuda::Ballot(exists);
+  // What is read for a row that does not exist is a row of the cache all the same.
+  JAX_KVCACHE_DEVICE void Read(const PlacesOfRows<D>& places, const int8_t* k_codes,
+                               const int8_t* v_codes, int64_t row_size) {
     JAX_KVCACHE_UNROLL
     for (int t = 0; t < G::kRows / 8; ++t) {
       const PerLane<uint32_t> from =
-          jax_kvcache::cuda::Shuffle(row, [=](int lane) { return t * 8 + lane / 4; });
+          jax_kvcache::cuda::Shuffle(places.row, [=](int lane) { return t * 8 + lane / 4; });
       EachLane([&](int lane) {
         const int8_t* const codes = k_codes + from[lane] * row_size + lane % 4 * G::kKeyBytes;
         JAX_KVCACHE_UNROLL
@@ -85,7 +95,7 @@ struct Rows {
     JAX_KVCACHE_UNROLL
     for (int t = 0; t < G::kRows / 4; ++t) {
       const PerLane<uint32_t> from = jax_kvcache::cuda::Shuffle(
-          row, [=](int lane) { return t / 2 * 8 + lane % 4 * 2 + t % 2; });
+          places.row, [=](int lane) { return t / 2 * 8 + lane % 4 * 2 + t % 2; });
       EachLane([&](int lane) {
         const int8_t* const codes = v_codes + from[lane] * row_size;
         JAX_KVCACHE_UNROLL

@@ -27,22 +27,33 @@ class Walk {
   PerLane<FragmentC> total;  // the same in all of its columns
   PerLane<FragmentC> sums[G::kColumnTiles];
 
-  JAX_KVCACHE_DEVICE void Run(const Arguments& a, const Place& place, const Shared<D>& shared,
-                              int warp) {
+  // Finds the warp's rows and begins to read the first of them. `shared` has what each query row
+  // sees.
+  JAX_KVCACHE_DEVICE void Begin(const Arguments& a, const Place& place, const Shared<D>& shared,
+                                int warp) {
+    FindPart(a, place, shared, warp);
+    k_codes_ = CodesOf(a, a.k_cache, kKCache, place);
+    v_codes_ = CodesOf(a, a.v_cache, kVCache, place);
+    places_ = PlacesOfRows<D>(RowFinder(a, place), begin_, end_);
+    if (begin_ < end_) rows_.Read(places_, k_codes_, v_codes_, int64_t{a.kv_heads} * D);
+  }
+
+  // Goes through the rows. `shared` has the query rows as factors too.
+  JAX_KVCACHE_DEVICE void Run(const Arguments& a, const Place& place, const Shared<D>& shared) {
     Start(a, shared);
     const RowFinder finder(a, place);
-    const int8_t* const k_codes = CodesOf(a, a.k_cache, kKCache, place);
-    const int8_t* const v_codes = CodesOf(a, a.v_cache, kVCache, place);
-    uint32_t begin;
-    uint32_t end;
-    FindPart(a, place, shared, warp, &begin, &end);
-    for (; begin < end; begin += G::kRows) {
-      Rows<D> rows;
-      rows.Read(finder, begin, end, k_codes, v_codes, a.shape.num_kv_heads * D);
-      Scores(rows, shared);
-      Mask(rows.exist, begin, a.shape.soft_cap);
+    const float one_over_cap = 1.0f / a.shape.soft_cap;
+    for (; begin_ < end_; begin_ += G::kRows) {
+      const uint32_t exist = places_.exist;
+      const bool last = end_ - begin_ <= G::kRows;
+      // The table is read while codes are on their way.
+      if (!last) places_ = PlacesOfRows<D>(finder, begin_ + G::kRows, end_);
+      Scores(shared);
+      if (a.shape.soft_cap != 0.0f) Cap(shared, a.shape.soft_cap, one_over_cap);
+      if (!AllAreSeen(exist)) Mask(shared, exist);
       Rescale();
-      Accumulate(rows);
+      Accumulate();
+      if (!last) rows_.Read(places_, k_codes_, v_codes_, int64_t{a.kv_heads} * D);
     }
   }
 
@@ -54,57 +65,55 @@ class Walk {
     EachLane([&](int lane) {
       JAX_KVCACHE_UNROLL
       for (int h = 0; h < 2; ++h) {
-        const int row = lane / 4 + 8 * h;
         peak[lane].at[h] = -kInfinity;
-        factor_[lane].at[h] = shared.factor[row] * unit;
-        bias_[lane].at[h] = shared.bias[row];
-        low_[lane].at[h] = shared.low[row];
-        high_[lane].at[h] = shared.high[row];
+        factor_[lane].at[h] = shared.factor[RowOf(lane, 2 * h)] * unit;
       }
       total[lane] = FragmentC{};
       JAX_KVCACHE_UNROLL
       for (int j = 0; j < G::kColumnTiles; ++j) sums[j][lane] = FragmentC{};
     });
-    all_low_ = 0;
-    all_high_ = UINT32_MAX;
-    for (int row = 0; row < kTileRows; ++row) {
-      if (shared.low[row] > all_low_) all_low_ = shared.low[row];
-      if (shared.high[row] < all_high_) all_high_ = shared.high[row];
-    }
   }
 
   // The rows that this warp goes through: of those that any query row sees, the split's part, and
   // of that the warp's part.
-  JAX_KVCACHE_DEVICE static void FindPart(const Arguments& a, const Place& place,
-                                          const Shared<D>& shared, int warp, uint32_t* begin,
-                                          uint32_t* end) {
-    int64_t first = UINT32_MAX;
-    int64_t last = 0;  // the one after the last
+  JAX_KVCACHE_DEVICE void FindPart(const Arguments& a, const Place& place, const Shared<D>& shared,
+                                   int warp) {
+    PerLane<uint32_t> low;  // of all query rows
+    PerLane<uint32_t> high;
+    PerLane<uint32_t> first;  // of those that exist and see something
+    PerLane<uint32_t> last;   // the one after the last
     const int num_rows = place.NumQueryRows(a);
-    for (int row = 0; row < num_rows; ++row) {
-      if (shared.low[row] > shared.high[row]) continue;
-      if (shared.low[row] < first) first = shared.low[row];
-      if (int64_t{shared.high[row]} + 1 > last) last = int64_t{shared.high[row]} + 1;
-    }
-    const int64_t of_split = Whole(first, last, a.splits, a.fewest_rows);
-    first += of_split * place.split;
-    if (first + of_split < last) last = first + of_split;
-    const int64_t of_warp = Whole(first, last, kWarps, 0);
-    first += of_warp * warp;
-    if (first + of_warp < last) last = first + of_warp;
-    *begin = static_cast<uint32_t>(first < last ? first : 0);
-    *end = static_cast<uint32_t>(first < last ? last : 0);
+    EachLane([&](int lane) {
+      low[lane] = lane < kTileRows ? shared.low[lane] : 0;
+      high[lane] = lane < kTileRows ? shared.high[lane] : UINT32_MAX;
+      const bool sees = lane < num_rows && low[lane] <= high[lane];
+      first[lane] = sees ? low[lane] : UINT32_MAX;
+      last[lane] = sees ? high[lane] + 1 : 0;
+    });
+    all_low_ = jax_kvcache::cuda::Largest(low);
+    all_high_ = jax_kvcache::cuda::Smallest(high);
+    begin_ = jax_kvcache::cuda::Smallest(first);
+    end_ = jax_kvcache::cuda::Largest(last);
+    TakePart(place.split, a.splits, a.fewest_rows);
+    TakePart(static_cast<uint32_t>(warp), kWarps, 0);
   }
 
-  // The rows of each of `parts` parts of [first, last): a multiple of kRows and at least `fewest`.
-  JAX_KVCACHE_DEVICE static int64_t Whole(int64_t first, int64_t last, int parts, int64_t fewest) {
-    if (first >= last) return 0;
-    int64_t rows = jax_kvcache::cuda::CeilDivide<int64_t>(last - first, parts);
+  // Leaves part `part` of `parts` parts of the rows: a multiple of kRows, at least `fewest`.
+  JAX_KVCACHE_DEVICE void TakePart(uint32_t part, uint32_t parts, uint32_t fewest) {
+    if (begin_ >= end_) return;
+    uint32_t rows = jax_kvcache::cuda::CeilDivide(end_ - begin_, parts);
     if (rows < fewest) rows = fewest;
-    return jax_kvcache::cuda::CeilDivide<int64_t>(rows, G::kRows) * G::kRows;
+    rows = (rows + (G::kRows - 1)) / G::kRows * G::kRows;
+    const uint64_t begin = begin_ + uint64_t{rows} * part;
+    if (begin >= end_) {
+      begin_ = end_;
+      return;
+    }
+    begin_ = static_cast<uint32_t>(begin);
+    if (end_ - begin_ > rows) end_ = begin_ + rows;
   }
 
-  JAX_KVCACHE_DEVICE void Scores(const Rows<D>& rows, const Shared<D>& shared) {
+  JAX_KVCACHE_DEVICE void Scores(const Shared<D>& shared) {
     JAX_KVCACHE_UNROLL
     for (int t = 0; t < kParts; ++t) EachLane([&](int lane) { scores_[t][lane] = FragmentC{}; });
     JAX_KVCACHE_UNROLL
@@ -121,34 +130,48 @@ class Walk {
       }
       JAX_KVCACHE_UNROLL
       for (int t = 0; t < kParts; ++t) {
-        const PerLane<FragmentB> codes = rows.KeyFactor(t, step);
+        const PerLane<FragmentB> codes = rows_.KeyFactor(t, step);
         Mma(&scores_[t], q[0], codes);
         Mma(&scores_[t], q[1], codes);
       }
     }
+    EachScore([&](int lane, int, int i, float& score) { score *= factor_[lane].at[i / 2]; });
   }
 
-  // Turns products into scores; -infinity for a row that the query does not see.
-  JAX_KVCACHE_DEVICE void Mask(uint32_t exist, uint32_t begin, float soft_cap) {
-    const bool all = exist == (G::kRows == 32 ? UINT32_MAX : (1U << G::kRows % 32) - 1) &&
-                     begin >= all_low_ && begin + (G::kRows - 1) <= all_high_;
+  JAX_KVCACHE_DEVICE void Cap(const Shared<D>& shared, float soft_cap, float one_over_cap) {
+    EachScore([&](int lane, int, int i, float& score) {
+      const float bias = shared.bias[RowOf(lane, i)];
+      score = soft_cap * tanhf((score + bias) * one_over_cap) * kLog2E;
+    });
+  }
+
+  JAX_KVCACHE_DEVICE bool AllAreSeen(uint32_t exist) const {
+    return exist == (G::kRows == 32 ? UINT32_MAX : (1U << G::kRows % 32) - 1) &&
+           begin_ >= all_low_ && begin_ + (G::kRows - 1) <= all_high_;
+  }
+
+  // The score of a row that the query does not see becomes -infinity.
+  JAX_KVCACHE_DEVICE void Mask(const Shared<D>& shared, uint32_t exist) {
+    EachScore([&](int lane, int t, int i, float& score) {
+      const uint32_t offset = static_cast<uint32_t>(t * 8 + lane % 4 * 2 + i % 2);
+      const int row = RowOf(lane, i);
+      const bool seen = (exist >> offset & 1U) != 0 && begin_ + offset >= shared.low[row] &&
+                        begin_ + offset <= shared.high[row];
+      if (!seen) score = -kInfinity;
+    });
+  }
+
+  // The query row of element `i` of a lane's products.
+  JAX_KVCACHE_DEVICE static int RowOf(int lane, int i) { return lane / 4 + 8 * (i / 2); }
+
+  // Calls body(lane, t, i, score) for each score: element `i` of the product with the rows 8t on.
+  template <typename Body>
+  JAX_KVCACHE_DEVICE void EachScore(const Body& body) {
     EachLane([&](int lane) {
       JAX_KVCACHE_UNROLL
       for (int t = 0; t < kParts; ++t) {
         JAX_KVCACHE_UNROLL
-        for (int i = 0; i < 4; ++i) {
-          float& score = scores_[t][lane].at[i];
-          score *= factor_[lane].at[i / 2];
-          if (soft_cap != 0.0f) {
-            score += bias_[lane].at[i / 2];
-            score = soft_cap * tanhf(score / soft_cap) * kLog2E;
-          }
-          const uint32_t offset = static_cast<uint32_t>(t * 8 + lane % 4 * 2 + i % 2);
-          const bool seen =
-              all || ((exist >> offset & 1U) != 0 && begin + offset >= low_[lane].at[i / 2] &&
-                      begin + offset <= high_[lane].at[i / 2]);
-          if (!seen) score = -kInfinity;
-        }
+        for (int i = 0; i < 4; ++i) body(lane, t, i, scores_[t][lane].at[i]);
       }
     });
   }
@@ -184,9 +207,16 @@ class Walk {
   // Adds the weights to the totals and the weighted codes to the sums, by the same products, so
   // that an error of a weight is in both. A weight is a float16 and the float16 nearest to the
   // remainder.
-  JAX_KVCACHE_DEVICE void Accumulate(const Rows<D>& rows) {
+  JAX_KVCACHE_DEVICE void Accumulate() {
     PerLane<FragmentB> ones;
-    EachLane([&](int lane) { ones[lane] = {{0x3C003C00U, 0x3C003C00U}}; });
+    PerLane<Pack<float, 2>> base;  // the peak; 0 where no row was seen, whose weights are then 0
+    EachLane([&](int lane) {
+      ones[lane] = {{0x3C003C00U, 0x3C003C00U}};
+      JAX_KVCACHE_UNROLL
+      for (int h = 0; h < 2; ++h) {
+        base[lane].at[h] = peak[lane].at[h] == -kInfinity ? 0.0f : peak[lane].at[h];
+      }
+    });
     JAX_KVCACHE_UNROLL
     for (int t = 0; t < kParts / 2; ++t) {
       PerLane<FragmentA> weights[2];
@@ -198,7 +228,9 @@ class Walk {
           JAX_KVCACHE_UNROLL
           for (int i = 0; i < 2; ++i) {
             const float score = scores_[2 * t + word / 2][lane].at[word % 2 * 2 + i];
-            const float weight = Weight(score, peak[lane].at[word % 2]);
+            // The difference is taken first: it is exact where it matters, however large the
+            // scores are.
+            const float weight = Exp2((score - base[lane].at[word % 2]) + kWeightExponent);
             high[i] = ToHalf(weight);
             low[i] = ToHalf(weight - ToFloat(high[i]));
           }
@@ -213,7 +245,7 @@ class Walk {
         JAX_KVCACHE_UNROLL
         for (int p = 0; p < 2; ++p) {
           PerLane<FragmentB> codes[2];
-          rows.ValueFactors(t, w, p, codes);
+          rows_.ValueFactors(t, w, p, codes);
           JAX_KVCACHE_UNROLL
           for (int e = 0; e < 2; ++e) {
             Mma(&sums[4 * w + 2 * p + e], weights[0], codes[e]);
@@ -224,17 +256,14 @@ class Walk {
     }
   }
 
-  // The difference is taken first: it is exact where it matters, however large the scores are.
-  JAX_KVCACHE_DEVICE static float Weight(float score, float peak_of_row) {
-    if (score == -kInfinity) return 0.0f;
-    return Exp2((score - peak_of_row) + kWeightExponent);
-  }
-
+  uint32_t begin_;  // the rows that are left
+  uint32_t end_;
+  const int8_t* k_codes_;
+  const int8_t* v_codes_;
+  PlacesOfRows<D> places_;  // of the rows that are read next
+  Rows<D> rows_;
   PerLane<FragmentC> scores_[kParts];
   PerLane<Pack<float, 2>> factor_;
-  PerLane<Pack<float, 2>> bias_;
-  PerLane<Pack<uint32_t, 2>> low_;
-  PerLane<Pack<uint32_t, 2>> high_;
   uint32_t all_low_;  // rows from all_low_ to all_high_ are seen by every query row
   uint32_t all_high_;
 };

@@ -12,11 +12,14 @@ namespace {
 
 using jax_kvcache::cuda::kBlockThreads;
 
+// So many blocks share a multiprocessor's registers.
+constexpr int kBlocksTogether = 6;
+
 template <typename X, typename Table, int kColumns>
-__global__ void __launch_bounds__(kBlockThreads)
+__global__ void __launch_bounds__(kBlockThreads, kBlocksTogether)
     Kernel(const __grid_constant__ Shape shape, const __grid_constant__ Buffers buffers,
            const int tokens_per_thread) {
-  const int64_t index = int64_t{blockIdx.x} * kBlockThreads + threadIdx.x;
+  const uint32_t index = blockIdx.x * kBlockThreads + threadIdx.x;
   Thread<X, Table, kColumns>(shape, buffers).Run(index, tokens_per_thread);
 }
 

@@ -12,6 +12,7 @@ namespace {
 // and the scales and biases, which are as large as a token, are read once for all of them.
 constexpr int64_t kManyTokens = 512;
 constexpr int kTokensPerThread = 4;
+constexpr int64_t kMostThreads = int64_t{1} << 31;
 
 bool IsAligned(const void* pointer, uintptr_t bytes) {
   return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;  // null is
@@ -37,9 +38,18 @@ Plan MakePlan(const Shape& shape, const Buffers& buffers) {
   Plan plan;
   if (MayBeWide(shape, buffers)) plan.columns = kWideColumns;
   if (shape.all_tokens() >= kManyTokens) plan.tokens_per_thread = kTokensPerThread;
-  const int64_t runs = jax_kvcache::cuda::CeilDivide<int64_t>(shape.tokens, plan.tokens_per_thread);
-  plan.threads =
-      shape.groups.count * runs * shape.num_heads() * (shape.head_dim / 2 / plan.columns);
+  const int64_t threads_per_run =
+      shape.groups.count * shape.num_heads() * (shape.head_dim / 2 / plan.columns);
+  const auto count = [&] {
+    const int64_t runs =
+        jax_kvcache::cuda::CeilDivide<int64_t>(shape.tokens, plan.tokens_per_thread);
+    return runs * threads_per_run;
+  };
+  // Threads are numbered in 32 bits.
+  while (count() > kMostThreads && plan.tokens_per_thread < shape.tokens) {
+    plan.tokens_per_thread *= 2;
+  }
+  plan.threads = count();
   return plan;
 }
 

@@ -10,7 +10,7 @@ namespace jax_kvcache::dequant_rope_quant_kvcache::cuda {
 
 // The columns of each half of a head that one thread computes, where D and the addresses allow
 // accesses of 16 bytes; elsewhere a thread computes one column.
-inline constexpr int kWideColumns = 8;
+inline constexpr int kWideColumns = 4;
 
 struct Plan {
   int columns = 1;            // of each half of a head, per thread: 1 or kWideColumns

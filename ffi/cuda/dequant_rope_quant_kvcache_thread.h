@@ -40,26 +40,29 @@ class Thread {
 
   // Thread `index` of the call's; one past the last does nothing. Neighbouring threads have
   // neighbouring columns, then neighbouring heads, then neighbouring tokens.
-  JAX_KVCACHE_DEVICE void Run(int64_t index, int tokens_per_thread) {
-    half_dim_ = shape_.head_dim / 2;
-    const int64_t lanes = half_dim_ / N;
-    const int64_t num_heads = shape_.num_heads();
-    const int64_t runs =  // of tokens, per group
-        jax_kvcache::cuda::CeilDivide<int64_t>(shape_.tokens, tokens_per_thread);
+  JAX_KVCACHE_DEVICE void Run(uint32_t index, int tokens_per_thread) {
+    // In 32 bits, in which a GPU divides several times faster than in 64.
+    half_dim_ = static_cast<uint32_t>(shape_.head_dim) / 2;
+    const uint32_t lanes = half_dim_ / N;
+    const auto num_heads = static_cast<uint32_t>(shape_.num_heads());
+    const auto runs = static_cast<uint32_t>(  // of tokens, per group
+        jax_kvcache::cuda::CeilDivide<int64_t>(shape_.tokens, tokens_per_thread));
     column_ = index % lanes * N;
-    int64_t rest = index / lanes;
-    const int64_t head = rest % num_heads;
+    uint32_t rest = index / lanes;
+    const uint32_t head = rest % num_heads;
     rest /= num_heads;
-    const int64_t group = rest / runs;
+    const uint32_t group = rest / runs;
     if (group >= shape_.groups.count) return;
-    const int64_t begin = rest % runs * tokens_per_thread;
+    const int64_t begin = int64_t{rest % runs} * tokens_per_thread;
     int64_t end = begin + tokens_per_thread;
     if (end > shape_.tokens) end = shape_.tokens;
 
     is_q_ = head < shape_.num_q_heads;
     is_v_ = head >= shape_.num_q_heads + shape_.num_kv_heads;
+    const auto q_heads = static_cast<uint32_t>(shape_.num_q_heads);
+    const auto kv_heads = static_cast<uint32_t>(shape_.num_kv_heads);
     x_column_ = head * shape_.head_dim + column_;
-    own_head_ = is_q_ ? head : head - shape_.num_q_heads - (is_v_ ? shape_.num_kv_heads : 0);
+    own_head_ = is_q_ ? head : head - q_heads - (is_v_ ? kv_heads : 0);
     LoadParameters(group);
     for (int64_t token = begin; token < end; ++token) {
       Token(group * shape_.tokens + token, group);
@@ -213,10 +216,10 @@ class Thread {
 
   const Shape& shape_;
   const Buffers& b_;
-  int64_t half_dim_;
-  int64_t column_;    // the first column in the lower half
-  int64_t x_column_;  // the same column in x
-  int64_t own_head_;  // among the heads of q, of k or of v
+  uint32_t half_dim_;
+  uint32_t column_;    // the first column in the lower half
+  int64_t x_column_;   // the same column in x
+  uint32_t own_head_;  // among the heads of q, of k or of v
   bool is_q_;
   bool is_v_;
   bool has_int32_bias_ = false;

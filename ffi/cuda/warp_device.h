@@ -59,6 +59,14 @@ __device__ __forceinline__ void SumOf(PerLane<float>* value) {
   }
 }
 
+// The smallest and the largest value among all lanes.
+__device__ __forceinline__ uint32_t Smallest(const PerLane<uint32_t>& value) {
+  return __reduce_min_sync(kAllLanes, value.value);
+}
+__device__ __forceinline__ uint32_t Largest(const PerLane<uint32_t>& value) {
+  return __reduce_max_sync(kAllLanes, value.value);
+}
+
 // C += A B, the products exact.
 __device__ __forceinline__ void Mma(PerLane<FragmentC>* c_lanes, const PerLane<FragmentA>& a_lanes,
                                     const PerLane<FragmentB>& b_lanes) {
@@ -71,8 +79,12 @@ __device__ __forceinline__ void Mma(PerLane<FragmentC>* c_lanes, const PerLane<F
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// 2 ** value.
-__device__ __forceinline__ float Exp2(float value) { return exp2f(value); }
+// 2 ** value; 0 for what is less than the smallest normal number.
+__device__ __forceinline__ float Exp2(float value) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(value));
+  return power;
+}
 
 // Byte i of the result is byte (selector >> 4 * i) % 8 of the eight bytes of low and high.
 __device__ __forceinline__ uint32_t SelectBytes(uint32_t low, uint32_t high, uint32_t selector) {

@@ -3,6 +3,7 @@
 #ifndef JAX_KVCACHE_FFI_CUDA_WARP_HOST_H_
 #define JAX_KVCACHE_FFI_CUDA_WARP_HOST_H_
 
+#include <algorithm>
 #include <cmath>
 
 namespace jax_kvcache::cuda {
@@ -62,6 +63,13 @@ void SumOf(PerLane<float>* value) {
     const PerLane<float> old = *value;
     for (int lane = 0; lane < kWarpLanes; ++lane) (*value)[lane] = old[lane] + old[lane ^ mask];
   }
+}
+
+inline uint32_t Smallest(const PerLane<uint32_t>& value) {
+  return *std::min_element(value.values, value.values + kWarpLanes);
+}
+inline uint32_t Largest(const PerLane<uint32_t>& value) {
+  return *std::max_element(value.values, value.values + kWarpLanes);
 }
 
 inline float HalfOfWord(uint32_t word, int i) {

@@ -16,7 +16,7 @@ constexpr int64_t kHeadDims[] = {64, 80, 96, 112, 128, 192, 256};
 
 template <int D>
 void RunBlocks(const cuda::Arguments& arguments) {
-  for (int64_t block = 0; block < arguments.Blocks(); ++block) {
+  for (uint32_t block = 0; block < arguments.Blocks(); ++block) {
     cuda::Shared<D> shared;
     std::memset(static_cast<void*>(&shared), 0x7F, sizeof(shared));  // NaN
     cuda::Block<D>(arguments, block, &shared).Run();
@@ -48,9 +48,9 @@ void RunKernels(const cuda::Arguments& arguments) {
       RunBlocks<256>(arguments);
   }
   if (arguments.splits == 1) return;
-  const int64_t threads =
-      shape.groups.count * shape.sequences * shape.queries * shape.num_q_heads * shape.head_dim;
-  for (int64_t i = 0; i < threads + 5; ++i) cuda::MergeSplits(arguments, i);
+  const int64_t threads = shape.groups.count * shape.sequences * shape.queries * shape.num_q_heads *
+                          (shape.head_dim / cuda::kMergedColumns);
+  for (uint32_t i = 0; i < threads + 5; ++i) cuda::MergeSplits(arguments, i);
 }
 
 // Runs a call on so many splits. `fewest_rows`: of a split, or 0 for the plan's.
@@ -69,7 +69,7 @@ void Run(RandomCall* owner, int64_t splits, uint32_t fewest_rows, Shape* shape) 
   cuda::Arguments arguments;
   const std::string refusal = cuda::MakeArguments(call, *shape, scratch.View(), &arguments);
   Check(refusal.empty(), refusal);
-  Check(arguments.splits == splits, "the number of splits is read off the scratch");
+  Check(int64_t{arguments.splits} == splits, "the number of splits is read off the scratch");
   if (fewest_rows > 0) arguments.fewest_rows = fewest_rows;
   RunKernels(arguments);
 }
@@ -187,7 +187,7 @@ void TestRefusals() {
   cuda::Arguments arguments;
   Check(
       cuda::MakeArguments(view, shape, scratch.View(), &arguments) ==
-          "decode_attention: `scratch` must have shape [splits * 67] and dtype float32, got [65].",
+          "decode_attention: `scratch` must have shape [splits * 68] and dtype float32, got [65].",
       "a scratch of another size is refused");
   scratch.Reset(DType::kF32, {0});
   view.args[kVCache].data = static_cast<char*>(view.args[kVCache].data) + 4;

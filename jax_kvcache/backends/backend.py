@@ -32,7 +32,7 @@ class Target:
       refusal: why it does not take a call with these operands (or their types), or None.
       prepare: the operands as the target takes them.
       prefers_reference: why `implementation=None` does not take it for a call that it could take,
-        or None: the reference is faster, or the target has never run on its hardware.
+        for example that the reference is faster, or None when there is no reason.
       scratch: the arrays that it takes as further results, for its own use.
     """
 

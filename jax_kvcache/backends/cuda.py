@@ -1,4 +1,4 @@
-"""The CUDA backend: what its kernels take, the scratch they get, and whether they are the default.
+"""The CUDA backend: what its kernels take, and the scratch they get.
 
 The kernels are in the native library where it was built with an nvcc. `ffi/CUDA.md` says what has
 run on a GPU and how to show it.
@@ -15,8 +15,8 @@ from jax_kvcache.backends import library
 from jax_kvcache.backends.backend import Backend, Target, register_with_jax
 from jax_kvcache.ops.operands import group_rank_of
 
-PROVEN_ON: str | None = None
-"""The card on which `pytest -m cuda_device` passed. While it is None nothing runs by default."""
+SHOWN_ON = "NVIDIA H100 80GB HBM3"
+"""The cards on which `pytest -m cuda_device` passed."""
 
 HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
 """The attention kernel is compiled for these."""
@@ -24,12 +24,13 @@ HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
 MAX_QUERIES = 16
 """Of a sequence: each 16 query rows of a kv head read the cache once more."""
 
+_OLDEST_CAPABILITY = 8.0  # that has the matrix products of attention
 _TILE = 16  # query rows (queries times query heads of one kv head) that a block of threads has
-_BLOCKS = 512  # enough to keep the largest card busy
-_SPLIT_ROWS = (128, 4096)  # the fewest rows that are worth a block, and the most that one should do
+_BLOCKS = 4096  # several for each that the largest card has at a time
+_FEWEST_ROWS = 128  # that are worth a block
 _MOST_SPLITS = 128
 _SYMBOLIC_SPLITS = 16
-_EXTRAS = 3  # numbers that a partial result has beside its D sums
+_EXTRAS = 4  # numbers that a partial result has beside its D sums
 
 
 def _has(symbol: str) -> bool:
@@ -61,21 +62,28 @@ def unavailable() -> str | None:
     """Why the kernels cannot run in this process, or None when they can."""
     if (reason := _not_built()) is not None:
         return reason
-    return None if is_here() else "this process has no NVIDIA GPU"
+    if not is_here():
+        return "this process has no NVIDIA GPU"
+    for device in jax.local_devices(backend="cuda"):
+        if float(device.compute_capability) < _OLDEST_CAPABILITY:
+            return (
+                f"the kernels need compute capability {_OLDEST_CAPABILITY} or newer, and "
+                f"{device.device_kind} has {device.compute_capability}"
+            )
+    return None
 
 
 def report() -> dict[str, str]:
     """What was built and what has been shown, for people."""
-    default = f"yes, shown on {PROVEN_ON}" if PROVEN_ON else f"no: {prefers_reference(None)}"
-    return {"kernels": _not_built() or "built", "taken by default": default}
+    return {"kernels": _not_built() or "built", "tests passed on": SHOWN_ON}
 
 
-def prefers_reference(operands: Any) -> str | None:
-    """Why the kernels are taken only if they are asked for, or None when they are proven."""
-    del operands
-    if PROVEN_ON is not None:
-        return None
-    return "the CUDA kernels have not run on a GPU yet, so only `implementation='ffi'` takes them"
+def attention_prefers_reference(operands: Any) -> str | None:
+    """Why XLA is to run a call of attention, or None: a prefill does more than read the cache."""
+    queries = operands.q.shape[-3]
+    if isinstance(queries, int) and queries > MAX_QUERIES:
+        return f"S = {queries} queries per sequence are a prefill, more than {MAX_QUERIES}"
+    return None
 
 
 def attention_refusal(operands: Any) -> str | None:
@@ -93,10 +101,9 @@ def attention_refusal(operands: Any) -> str | None:
 
 
 def attention_splits(operands: Any) -> int:
-    """Over how many blocks of threads the rows of each sequence are spread, from shapes alone.
+    """Over how many blocks of threads the rows of each sequence may be spread, from shapes alone.
 
-    There are enough blocks to fill the card and, so that one long sequence among short ones does
-    not keep the call waiting, one for each 4096 rows that a sequence may have.
+    There is scratch for so many; the kernels choose, from the card, how many they use.
     """
     kv_heads = operands.k_cache.shape[-2]
     queries, q_heads = operands.q.shape[-3:-1]
@@ -106,13 +113,12 @@ def attention_splits(operands: Any) -> int:
     tiles = -(-queries * (q_heads // kv_heads) // _TILE)
     blocks = max(math.prod(operands.table.shape[:-1]) * kv_heads * tiles, 1)
     capacity = operands.table.shape[-1] * operands.k_cache.shape[-3]
-    fewest, most = _SPLIT_ROWS
-    wanted = max(-(-_BLOCKS // blocks), -(-capacity // most))
-    return max(min(wanted, -(-capacity // fewest), _MOST_SPLITS), 1)
+    wanted = -(-_BLOCKS // blocks)
+    return max(min(wanted, -(-capacity // _FEWEST_ROWS), _MOST_SPLITS), 1)
 
 
 def attention_scratch(operands: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """The partial results: rows of q * splits * (D + 3) float32; [0] where nothing is split."""
+    """The partial results: rows of q * splits * (D + 4) float32; [0] where nothing is split."""
     splits = attention_splits(operands)
     *rows, head_dim = operands.q.shape
     size = splits * math.prod(rows) * (head_dim + _EXTRAS) if splits > 1 else 0
@@ -125,13 +131,11 @@ CUDA = Backend(
     registered_as=("CUDA",),
     reported_as=("gpu", "cuda"),
     targets={
-        "dequant_rope_quant_kvcache": Target(
-            "dequant_rope_quant_kvcache_cuda", prefers_reference=prefers_reference
-        ),
+        "dequant_rope_quant_kvcache": Target("dequant_rope_quant_kvcache_cuda"),
         "decode_attention": Target(
             "decode_attention_cuda",
             refusal=attention_refusal,
-            prefers_reference=prefers_reference,
+            prefers_reference=attention_prefers_reference,
             scratch=attention_scratch,
         ),
     },

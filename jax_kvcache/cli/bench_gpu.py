@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_kvcache import backends
+from jax_kvcache.backends.cuda import MAX_QUERIES
 from jax_kvcache.caches import KVCache, PagedKVCache
 from jax_kvcache.cli import CommandError
 from jax_kvcache.cli.bench_cases import Case, make_caches, make_inputs
@@ -28,11 +29,12 @@ CALLS = 20  # of a round
 
 
 class Read(NamedTuple):
-    """One shape of attention: one token per sequence."""
+    """One shape of attention."""
 
     B: int
     rows: int
     block: int | None = None  # rows per block of a paged cache, or None
+    S: int = 1  # queries of each sequence
 
     @property
     def bytes_moved(self) -> int:
@@ -48,7 +50,12 @@ READS = {
     "1 x 32768 paged": Read(1, 32768, 16),
     "8 x 4096 paged": Read(8, 4096, 16),
     "64 x 2048 paged": Read(64, 2048, 16),
+    "1 x 8192, S 512": Read(1, 8192, S=512),
+    "1 x 8192, S 4096": Read(1, 8192, S=4096),
 }
+
+# Of each name: what makes the state, the step, and its further arguments.
+Steps = dict[str, tuple[Callable[[], Any], Callable, tuple[Any, ...]]]
 
 
 def microseconds(step: Callable, state: Any, *arguments: Any, rounds: int) -> float:
@@ -98,28 +105,28 @@ def copy_bandwidth(rounds: int) -> float:
     return 2 * COPIED_BYTES / (microseconds(step, array, rounds=rounds) * 1e-6)
 
 
-def _write_steps(tokens: int) -> tuple[Case, dict[str, Callable]]:
+def _time(steps: Steps, bytes_moved: int, rounds: int) -> dict[str, Any]:
+    """Microseconds of each step: of a call, and of its kernels alone."""
+    wall, kernel = {}, {}
+    for name, (make_state, step, arguments) in steps.items():
+        wall[name] = microseconds(step, make_state(), *arguments, rounds=rounds)
+        kernel[name] = kernel_microseconds(step, make_state(), *arguments)
+    return {"call": wall, "kernels": kernel, "bytes": bytes_moved}
+
+
+def _write_steps(tokens: int) -> tuple[Steps, int]:
     case = Case(tokens, 1, Nq, Nkv, D, "page", max(tokens, 128), 16)
+    inputs = make_inputs(case, 0)
 
     def step(caches, inputs, implementation):
         outputs, caches = operator(caches, inputs, cache_mode="page", implementation=implementation)
         return caches, outputs
 
-    def jitted(name):
-        return jax.jit(functools.partial(step, implementation=name), donate_argnums=0)
+    def steps(name):
+        jitted = jax.jit(functools.partial(step, implementation=name), donate_argnums=0)
+        return functools.partial(make_caches, case), jitted, (inputs,)
 
-    return case, {"native": jitted("ffi"), "xla": jitted("xla")}
-
-
-def _measure_write(tokens: int, rounds: int) -> dict[str, float]:
-    case, steps = _write_steps(tokens)
-    inputs = make_inputs(case, 0)
-    times = {
-        name: microseconds(step, make_caches(case), inputs, rounds=rounds)
-        for name, step in steps.items()
-    }
-    times["kernel"] = kernel_microseconds(steps["native"], make_caches(case), inputs)
-    return times | {"bytes": case.bytes_moved}
+    return {"native": steps("ffi"), "xla": steps("xla")}, case.bytes_moved
 
 
 def _cache(read: Read) -> tuple[KVCache | PagedKVCache, jax.Array | None]:
@@ -132,9 +139,9 @@ def _cache(read: Read) -> tuple[KVCache | PagedKVCache, jax.Array | None]:
     return PagedKVCache.create(blocks, read.block, Nkv, D, scale_k=scale, scale_v=scale), table
 
 
-def _measure_read(read: Read, rounds: int) -> dict[str, float]:
+def _read_steps(read: Read) -> Steps:
     cache, table = _cache(read)
-    q = jnp.ones((read.B, 1, Nq, D), jnp.bfloat16)
+    q = jnp.ones((read.B, read.S, Nq, D), jnp.bfloat16)
     lengths = jnp.full((read.B,), read.rows, jnp.int32)
 
     def step(state, cache, implementation):
@@ -143,23 +150,23 @@ def _measure_read(read: Read, rounds: int) -> dict[str, float]:
         )
         return out, 0
 
-    times = {}
-    for name, implementation in (("native", "ffi"), ("xla", "xla")):
-        jitted = jax.jit(functools.partial(step, implementation=implementation))
-        times[name] = microseconds(jitted, q, cache, rounds=rounds)
-        if name == "native":
-            times["kernel"] = kernel_microseconds(jitted, q, cache)
-    if read.block is None:
-        kv = jnp.ones((read.B, read.rows, Nkv, D), jnp.bfloat16)
+    def steps(name):
+        jitted = jax.jit(functools.partial(step, implementation=name))
+        return lambda: q, jitted, (cache,)
 
-        def cudnn(state, kv):
+    timed = {"native": steps(None if read.S > MAX_QUERIES else "ffi"), "xla": steps("xla")}
+    if read.block is None:
+        # Of their own, so that as much is read as of a cache.
+        k, v = (jnp.full((read.B, read.rows, Nkv, D), value, jnp.bfloat16) for value in (1, 2))
+
+        def cudnn(state, k, v):
             out = jax.nn.dot_product_attention(
-                state, kv, kv, key_value_seq_lengths=lengths, implementation="cudnn"
+                state, k, v, key_value_seq_lengths=lengths, implementation="cudnn"
             )
             return out, 0
 
-        times["cudnn_bfloat16"] = microseconds(jax.jit(cudnn), q, kv, rounds=rounds)
-    return times | {"bytes": read.bytes_moved}
+        timed["cudnn_bfloat16"] = (lambda: q, jax.jit(cudnn), (k, v))
+    return timed
 
 
 def measure(rounds: int) -> dict[str, Any]:
@@ -167,10 +174,13 @@ def measure(rounds: int) -> dict[str, Any]:
     if reason := backends.unavailable("gpu", NAME):
         raise CommandError(f"nothing to measure: {reason}.")
     bandwidth = copy_bandwidth(rounds)
-    rows = {f"write, {name}": _measure_write(n, rounds) for name, n in WRITES.items()}
-    rows |= {f"attention, {name}": _measure_read(read, rounds) for name, read in READS.items()}
+    rows = {}
+    for name, tokens in WRITES.items():
+        rows[f"write, {name}"] = _time(*_write_steps(tokens), rounds)
+    for name, read in READS.items():
+        rows[f"attention, {name}"] = _time(_read_steps(read), read.bytes_moved, rounds)
     for row in rows.values():
-        row["share_of_copy"] = row["bytes"] / (row["kernel"] * 1e-6) / bandwidth
+        row["share_of_copy"] = row["bytes"] / (row["kernels"]["native"] * 1e-6) / bandwidth
     return {
         "device": jax.devices()[0].device_kind,
         "copy_gigabytes_per_second": bandwidth / 1e9,
@@ -185,10 +195,18 @@ def report(rounds: int, as_json: bool) -> None:
         print(json.dumps(measured, indent=2))
         return
     copied = measured["copy_gigabytes_per_second"]
-    print(f"{measured['device']}, copy bandwidth {copied:,.0f} GB/s; microseconds per call")
-    names = ("native", "kernel", "xla", "cudnn_bfloat16")
-    print(f"{'':28}" + "".join(f"{name:>16}" for name in (*names, "share_of_copy")))
+    print(
+        f"{measured['device']}, copy bandwidth {copied:,.0f} GB/s; microseconds of a call, and of"
+    )
+    print("its kernels alone, as the profiler sees them")
+    names = ("native", "xla", "cudnn_bfloat16")
+    columns = (*names, *(f"{name} k." for name in names), "share of copy")
+    print(f"{'':30}" + "".join(f"{column:>18}" for column in columns))
     for shape, row in measured["microseconds"].items():
-        cells = [f"{row[name]:,.1f}" if name in row else "" for name in names]
+        cells = [
+            f"{row[kind][name]:,.1f}" if name in row[kind] else ""
+            for kind in ("call", "kernels")
+            for name in names
+        ]
         cells.append(f"{100 * row['share_of_copy']:.0f} %")
-        print(f"{shape:28}" + "".join(f"{cell:>16}" for cell in cells))
+        print(f"{shape:30}" + "".join(f"{cell:>18}" for cell in cells))

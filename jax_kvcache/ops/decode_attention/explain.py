@@ -8,9 +8,11 @@ from jax.typing import ArrayLike
 from jax_kvcache.caches import KVCache, PagedKVCache
 from jax_kvcache.mesh import mesh_of
 from jax_kvcache.modes import no_partitioning
+from jax_kvcache.ops.decode_attention import cudnn
 from jax_kvcache.ops.decode_attention.api import canonical_operands
 from jax_kvcache.ops.decode_attention.checks import Call
 from jax_kvcache.ops.decode_attention.primitive import NAME
+from jax_kvcache.ops.decode_attention.reference import AttentionOptions
 from jax_kvcache.ops.implementation import Explanation, Implementation, explain_choice
 
 
@@ -52,7 +54,12 @@ def explain_attention(
         q, cache, lengths, positions, None, block_table, layer, scale, window, soft_cap, sinks,
         return_lse, implementation,
     )  # fmt: skip
-    answer = explain_choice(NAME, platform, _operand_types(call), implementation)
+    operands, options = _operand_types(call)
+    answer = explain_choice(NAME, platform, operands, implementation)
+    if answer.implementation == "xla" and answer.platform in ("cuda", "gpu"):
+        reason = cudnn.refusal(operands, options)
+        how = "by cuDNN in bfloat16" if reason is None else f"not by cuDNN: {reason}"
+        return answer._replace(reason=f"{answer.reason}; {how}")
     mesh = mesh_of([jax.typeof(q)]) if isinstance(q, jax.Array) else None
     if answer.implementation == "ffi" and mesh is not None and not mesh.empty:
         reason = no_partitioning(NAME, mesh, 1, (answer.platform,), False)
@@ -62,8 +69,8 @@ def explain_attention(
     return answer
 
 
-def _operand_types(call: Call) -> Any:
-    """The types of the primitive's operands, without any array's values."""
+def _operand_types(call: Call) -> tuple[Any, AttentionOptions]:
+    """The types of the primitive's operands, without any array's values, and its options."""
 
     def is_array(value: Any) -> bool:
         return hasattr(value, "shape") and hasattr(value, "dtype")
@@ -73,7 +80,12 @@ def _operand_types(call: Call) -> Any:
         for name, value in call._asdict().items()
         if is_array(value) or isinstance(value, KVCache | PagedKVCache)
     }
-    return jax.eval_shape(
-        lambda arrays: canonical_operands(call._replace(**arrays))[0],
-        arrays,
-    )
+    found: list[AttentionOptions] = []
+
+    def operands(arrays: dict[str, Any]) -> Any:
+        operands, options, _ = canonical_operands(call._replace(**arrays))
+        found.append(options)
+        return operands
+
+    types = jax.eval_shape(operands, arrays)
+    return types, found[0]

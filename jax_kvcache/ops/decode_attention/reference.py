@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jax_kvcache import _compat
+from jax_kvcache.ops.decode_attention import cudnn
 from jax_kvcache.ops.decode_attention.chunks import Chunks
 from jax_kvcache.ops.implementation import Options
 from jax_kvcache.ops.operands import Operand, Result, group_rank_of, is_absent
@@ -113,7 +115,9 @@ def decode_attention_reference(
     """The whole operator on the primitive's operands."""
     ops = _without_groups(operands, options.contiguous)
     steps = ops.q.shape[1]
-    if isinstance(steps, int) and steps > _TILE:
+    if platform == "cuda" and cudnn.refusal(operands, options) is None:
+        out, lse = cudnn.attend(ops, options, _compat.cudnn_attention)
+    elif isinstance(steps, int) and steps > _TILE:
         out, lse = _over_tiles(ops, options, platform)
     else:
         out, lse = _tile(ops, options, platform, ops.q, ops.positions)
