@@ -150,6 +150,12 @@ def _columns(linear: Linear, columns: np.ndarray) -> Linear:
     return dataclasses.replace(linear, **chosen)
 
 
+def _have_biases(*linears: Linear) -> bool:
+    """Whether every layer has a bias of its own; those of static activations have another."""
+    own = [linear for linear in linears if not isinstance(linear, StaticInt8Linear)]
+    return bool(own) and all(linear.bias is not None for linear in own)
+
+
 def _config(model: Model) -> dict[str, Any]:
     """config.json: the family that has the model's parts."""
     config, first = model.config, model.layers[0]
@@ -180,6 +186,8 @@ def _config(model: Model) -> dict[str, Any]:
         "max_position_embeddings": config.context,
         "rms_norm_eps": config.norm_eps,
         "rope_parameters": rope,
+        "attention_bias": family != "Qwen2" and _have_biases(*first.qkv, first.o),
+        "mlp_bias": _have_biases(first.gate, first.up, first.down),
         "tie_word_embeddings": model.head is None,
         "eos_token_id": list(config.end_tokens),
         "dtype": "float32",
