@@ -20,10 +20,7 @@ from jax_kvcache.checkpoints.json_files import (
 )
 from jax_kvcache.checkpoints.kv_scale_files import Scales
 from jax_kvcache.checkpoints.linears import stack_kv_parameters
-from jax_kvcache.checkpoints.tensors import TensorFiles
-
-# How the names of a cache's parameters end, in both formats.
-_OF_A_CACHE = ("cache_scale", "cache_offset", ".k_scale", ".v_scale")
+from jax_kvcache.checkpoints.tensors import OF_A_CACHE, TensorFiles
 
 
 def read_folder(folder: Path) -> Scales:
@@ -50,7 +47,7 @@ def read_folder(folder: Path) -> Scales:
             read = CacheScales(files, quantization or {}).read
         names = (f"model.layers.{i}.self_attn" for i in range(layers))
         scales = stack_kv_parameters([read(name, kv_heads, head_dim) for name in names])
-        if extra := sorted(name for name in files.unused if name.endswith(_OF_A_CACHE)):
+        if extra := sorted(name for name in files.unused if name.endswith(OF_A_CACHE)):
             raise CheckpointError(
                 f"'{path}' says that there are {layers} layers, and no place is left for "
                 f"`{extra[0]}`."

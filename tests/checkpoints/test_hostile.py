@@ -1,6 +1,7 @@
 """Folders and files that were made to break their reader: what they get is an error with a name."""
 
 import json
+import struct
 
 import numpy as np
 import pytest
@@ -115,6 +116,29 @@ def test_weights_that_are_not_finite(value, tmp_path):
         array[1] = value
         wrong.put(name, array, kind)
         assert f"`{name}` must be finite, got {value}" in refusal(wrong, tmp_path)
+
+
+def test_an_fp8_scale_of_the_cache(tmp_path):
+    folder = Copy("mistral_ascendv1_dynamic").write(tmp_path / "folder")
+    path = folder / "quant_model_weights.safetensors"
+    data = path.read_bytes()
+    (size,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + size])
+    name = "model.layers.0.self_attn.k_proj.kv_cache_scale"
+    shape = header[name]["shape"]
+    header[name] |= {"dtype": "F8_E4M3", "shape": [4, *shape]}  # as many bytes as float32 has
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + size :])
+    with pytest.raises(CheckpointError) as caught:
+        checkpoints.load(folder, progress=False)
+    assert f"`{name}` of 'quant_model_weights.safetensors' must be F32" in str(caught.value)
+    assert "no int8 scale can be recovered from an fp8 one. Drop the cache's" in str(caught.value)
+
+
+def test_a_number_of_many_digits(tmp_path):
+    tokenizer = checkpoints.load_tokenizer(tmp_path, 256)
+    with pytest.raises(ValueError, match=r"must be numbers of tokens in .*, got b'9999"):
+        tokenizer.encode(b"9" * 5000)
 
 
 ONNX = {"scales": {"k_scales": [[1.0] * 16] * 2, "v_scales": [[1.0] * 16] * 2}, "layer_ids": [0, 1]}
