@@ -2,6 +2,7 @@
 
 import functools
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -63,7 +64,7 @@ def rope_tables(
     if not isinstance(head_dim, int | np.integer) or head_dim <= 0 or head_dim % 2:
         raise ValueError(f"`head_dim` must be even and above 0, got {head_dim}.")
     if theta is not None and (
-        not isinstance(theta, int | float | np.number) or not 0 < theta < math.inf
+        not isinstance(theta, int | float | np.number) or not 0 < theta <= sys.float_info.max
     ):
         raise ValueError(f"`theta` must be a finite number above 0, got {theta!r}.")
     if jnp.dtype(dtype) not in (jnp.float16, jnp.bfloat16, jnp.float32):

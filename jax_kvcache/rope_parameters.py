@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -86,7 +87,7 @@ class RopeParameters:
 
         Raises:
           TypeError: `seq_len` is not an int.
-          ValueError: `seq_len` is missing or below 1.
+          ValueError: `seq_len` is missing or below 1, or a frequency is not finite.
         """
         if seq_len is not None and (
             isinstance(seq_len, bool) or not isinstance(seq_len, int | np.integer)
@@ -99,7 +100,17 @@ class RopeParameters:
             )
         values, dim = dict(self.values), self.rotary_dim(head_dim)
         length = None if seq_len is None else int(seq_len)
-        return FORMULAS[self.type](values, self.theta, dim, length)
+        try:
+            with np.errstate(all="ignore"):
+                frequencies, factor = FORMULAS[self.type](values, self.theta, dim, length)
+        except ArithmeticError:  # a base of 1, or a length of 1, whose logarithm is a divisor
+            frequencies, factor = np.full(dim // 2, np.nan), 1.0
+        if not np.isfinite(frequencies).all() or not math.isfinite(factor):
+            raise ValueError(
+                f'`rope_parameters` of rope_type "{self.type}" must give finite frequencies, and '
+                f'do not for "rope_theta" = {self.theta}, {dim} rotary dimensions and {values}.'
+            )
+        return frequencies, factor
 
 
 def read_rope_parameters(
@@ -165,7 +176,7 @@ def _type_of(given: Mapping[str, Any]) -> str:
             f'`rope_parameters` must have one type, got rope_type "{kind}" and type "{older}".'
         )
     kind = kind if kind is not None else older if older is not None else "default"
-    if kind not in _KEYS:
+    if not isinstance(kind, str) or kind not in _KEYS:
         raise ValueError(
             f'`rope_parameters` has the rope_type "{kind}"; known are {", ".join(_KEYS)}.'
         )
@@ -180,11 +191,15 @@ def _check_value(key: str, value: Any) -> None:
         if not isinstance(value, bool):
             raise TypeError(f'`rope_parameters["{key}"]` must be a bool, got {value!r}.')
         return
-    numbers = list(value) if key.endswith(("short_factor", "long_factor")) else [value]
+    numbers = [value]
+    if key in ("short_factor", "long_factor"):
+        if not isinstance(value, list | tuple):
+            raise TypeError(f'`rope_parameters["{key}"]` must be a list, got {value!r}.')
+        numbers = list(value)
     for number in numbers:
         if isinstance(number, bool) or not isinstance(number, int | float | np.number):
             raise TypeError(f'`rope_parameters["{key}"]` must be a number, got {number!r}.')
-        if not 0 < number < math.inf:
+        if not 0 < number <= sys.float_info.max:  # a JSON file can hold larger integers
             raise ValueError(
                 f'`rope_parameters["{key}"]` must be finite and above 0, got {number}.'
             )

@@ -26,6 +26,20 @@ _DYNAMIC_INPUTS = {**_INT8, "strategy": "token", "dynamic": True}
 _STATIC_INPUTS = {**_INT8, "strategy": "tensor", "dynamic": False}
 # Keys that say nothing about the arithmetic of 8 bits per channel, tensor or token.
 _HARMLESS = ("observer", "observer_kwargs", "scale_dtype", "zp_dtype")
+_KEYS = (
+    "quant_method",
+    "format",
+    "quantization_status",
+    "config_groups",
+    "ignore",
+    "kv_cache_scheme",
+    "sparsity_config",
+    "version",
+    "global_compression_ratio",
+)
+_GROUP_KEYS = ("targets", "weights", "input_activations", "output_activations", "format")
+# With more, a pattern can keep Python's matcher busy for years.
+_MOST_REPEATS, _MOST_PARENTHESES = 4, 4
 
 
 class CompressedTensorsFormat(Format):
@@ -39,8 +53,11 @@ class CompressedTensorsFormat(Format):
         """
         super().__init__(files)
         config = Values(quantization, _WHERE)
+        _check_keys(config, _KEYS)
         _expect(config, "format", "int-quantized")
         _expect(config, "quantization_status", "compressed", None)
+        sparsity = Values(config.get("sparsity_config", dict, {}), f'"sparsity_config" of {_WHERE}')
+        _expect(sparsity, "format", "dense", None)
         groups = config.get("config_groups", dict, {})
         if len(groups) != 1:
             raise CheckpointError(
@@ -48,22 +65,21 @@ class CompressedTensorsFormat(Format):
             )
         ((name, values),) = groups.items()
         group = Values(values if isinstance(values, dict) else {}, f'"{name}" of {config.where}')
+        _check_keys(group, _GROUP_KEYS)
+        _expect(group, "format", "int-quantized", None)
         _expect(group, "targets", ["Linear"])
         _expect(group, "output_activations", None)
         _check_scheme(group, "weights", _WEIGHTS)
         inputs = _check_scheme(group, "input_activations", _DYNAMIC_INPUTS, _STATIC_INPUTS)
         self.static = inputs is _STATIC_INPUTS
-        self.ignored = config.get("ignore", list, [])
+        self.ignored = [_pattern(entry, config) for entry in config.get("ignore", list, [])]
         self.cache = CacheScales(files, quantization)
 
     def _is_ignored(self, name: str) -> bool:
-        for pattern in self.ignored:
-            if isinstance(pattern, str) and pattern.startswith("re:"):
-                if re.match(pattern[3:], name):
-                    return True
-            elif pattern in (name, "Linear"):
-                return True
-        return False
+        return any(
+            entry in (name, "Linear") if isinstance(entry, str) else entry.match(name)
+            for entry in self.ignored
+        )
 
     def linear(self, name: str, out: int, width: int, bias: bool) -> Linear:
         """See `Format`."""
@@ -131,6 +147,39 @@ class CacheScales:
 def cache_scheme(strategy: str) -> dict[str, Any]:
     """The `kv_cache_scheme` of int8 scales per "tensor" or per "attn_head"."""
     return {**_INT8, "strategy": strategy, "dynamic": False}
+
+
+def _pattern(entry: Any, config: Values) -> str | re.Pattern[str]:
+    """An entry of `ignore`: a layer's name, or "re:" and a regular expression for its start."""
+    if not isinstance(entry, str):
+        raise CheckpointError(f'"ignore" of {config.where} must be strings, got {entry!r}.')
+    if not entry.startswith("re:"):
+        return entry
+    text = entry[3:]
+    repeats, parentheses = sum(map(text.count, "*+?{")), text.count("(")
+    if repeats > _MOST_REPEATS or parentheses > _MOST_PARENTHESES or re.search(r"\)[*+?{]", text):
+        raise CheckpointError(
+            f'"ignore" of {config.where} must have patterns of at most {_MOST_REPEATS} repeats and '
+            f"{_MOST_PARENTHESES} parentheses, none of them repeated, got {entry[:80]!r}. Name the "
+            "layers."
+        )
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise CheckpointError(
+            f'"ignore" of {config.where} must have regular expressions after "re:", got '
+            f"{entry[:80]!r}: {error}."
+        ) from error
+
+
+def _check_keys(values: Values, known: tuple[str, ...]) -> None:
+    """Raises for what might change the arithmetic; null and {} count as absent."""
+    for key, value in values.values.items():
+        if key not in known and value is not None and value != {}:
+            raise CheckpointError(
+                f'{values.where} has the key "{key}", which this reader does not know; known are '
+                f"{', '.join(known)}."
+            )
 
 
 def _expect(values: Values, key: str, *allowed: Any) -> None:

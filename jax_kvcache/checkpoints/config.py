@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from jax_kvcache.checkpoints.errors import CheckpointError
-from jax_kvcache.checkpoints.json_files import Values, read_json
+from jax_kvcache.checkpoints.json_files import MOST_HEAD_DIM, MOST_LAYERS, Values, read_json
 from jax_kvcache.model.weights import Config
 from jax_kvcache.rope_parameters import RopeParameters, read_rope_parameters
 
@@ -77,7 +77,7 @@ def read_config(folder: Path) -> FolderConfig:
             f'"num_attention_heads" = {heads}.'
         )
     head_dim, kv_heads = (
-        config.count("head_dim", width // heads),
+        config.count("head_dim", width // heads, most=MOST_HEAD_DIM),
         config.count("num_key_value_heads", heads),
     )
     if heads % kv_heads or head_dim % 2:
@@ -88,7 +88,7 @@ def read_config(folder: Path) -> FolderConfig:
     eps = config.get("rms_norm_eps", (float, int))
     if eps is None or not 0 <= eps < 1:
         raise CheckpointError(f'"rms_norm_eps" of {config.where} must be in [0, 1), got {eps}.')
-    layers = config.count("num_hidden_layers")
+    layers = config.count("num_hidden_layers", most=MOST_LAYERS)
     in_attention = family.attention_bias == "config" and config.get("attention_bias", bool, False)
     return FolderConfig(
         Config(
@@ -101,7 +101,7 @@ def read_config(folder: Path) -> FolderConfig:
             d_ff=config.count("intermediate_size"),
             norm_eps=float(eps),
             context=config.count("max_position_embeddings"),
-            rope=_rope(config),
+            rope=_rope(config, head_dim),
             windows=_windows(config, family, layers),
             end_tokens=_end_tokens(config),
         ),
@@ -116,14 +116,14 @@ def read_config(folder: Path) -> FolderConfig:
 
 def _family(config: Values) -> Family:
     names = config.get("architectures", list)
-    if not names or len(names) != 1 or names[0] not in FAMILIES:
+    if not names or len(names) != 1 or names[0] not in list(FAMILIES):
         raise CheckpointError(
             f'"architectures" of {config.where} must be one of {", ".join(FAMILIES)}, got {names}.'
         )
     return FAMILIES[names[0]]
 
 
-def _rope(config: Values) -> RopeParameters:
+def _rope(config: Values, head_dim: int) -> RopeParameters:
     """`rope_parameters`, or an older file's `rope_scaling`, with what stands beside them."""
     newer, older = config.get("rope_parameters", dict), config.get("rope_scaling", dict)
     if newer is not None and older is not None and newer != older:
@@ -149,10 +149,14 @@ def _rope(config: Values) -> RopeParameters:
             parameters[key] = beside
     if "rope_theta" not in parameters:
         raise CheckpointError(f'{config.where} must have "rope_theta", and does not.')
+    context = config.count("max_position_embeddings")
     try:
-        return read_rope_parameters(parameters)
+        rope = read_rope_parameters(parameters)
+        for length in (1, context):  # some types have other frequencies for long texts
+            rope.frequencies(head_dim, length)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"RoPE of {config.where}: {error}") from error
+    return rope
 
 
 def _windows(config: Values, family: Family, layers: int) -> tuple[int | None, ...]:
@@ -178,7 +182,8 @@ def _windows(config: Values, family: Family, layers: int) -> tuple[int | None, .
     config.count("sliding_window")
     if kinds is None:
         return (window,) * layers
-    if len(kinds) != layers or set(kinds) - {"full_attention", "sliding_attention"}:
+    known = ["full_attention", "sliding_attention"]
+    if len(kinds) != layers or not all(kind in known for kind in kinds):
         raise CheckpointError(
             f'"layer_types" of {config.where} must be {layers} times full_attention or '
             f"sliding_attention, got {kinds}."

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax_kvcache.checkpoints.kv_scales import read_kv_scales
 from jax_kvcache.checkpoints.load import load
 from jax_kvcache.model.weights import Model
+from jax_kvcache.rope import permute_for_rope
 
 
 def demo_folder() -> Path:
@@ -29,6 +30,8 @@ def load_demo(scales: str | os.PathLike[str] | None = None) -> Model:
 def with_scales(model: Model, scales: str | os.PathLike[str] | None) -> Model:
     """The model with the cache's scales of a file or folder; as it is without one.
 
+    Files have K's channels in the order of the model's files, which partial rotary changes.
+
     Raises:
       OSError: the file cannot be read.
       ValueError: see `read_kv_scales`.
@@ -38,5 +41,10 @@ def with_scales(model: Model, scales: str | os.PathLike[str] | None) -> Model:
     config = model.config
     shape = (config.n_layers, config.n_kv_heads, config.head_dim)
     arrays = read_kv_scales(scales, shape=shape)
-    params = {name: jnp.asarray(array) for name, array in arrays.items()}
+    rotary = config.rope.rotary_dim(config.head_dim)
+    order = permute_for_rope(None, config.head_dim, rotary_dim=rotary).order
+    params = {
+        name: jnp.asarray(array[..., order] if name.endswith("_k") else array)
+        for name, array in arrays.items()
+    }
     return dataclasses.replace(model, cache_params=params)

@@ -6,6 +6,9 @@ from typing import Any
 
 from jax_kvcache.checkpoints.errors import CheckpointError
 
+MOST = 2**31 - 1  # positions, rows and widths are int32
+# Far more than any model has, and few enough to make lists and arrays of them.
+MOST_LAYERS, MOST_HEADS, MOST_HEAD_DIM = 10_000, 4096, 4096
 _MOST_BYTES = 100 << 20  # an index of a million tensors has about as many
 
 
@@ -20,11 +23,21 @@ def read_json(path: Path) -> dict[str, Any]:
     if (size := path.stat().st_size) > _MOST_BYTES:
         raise CheckpointError(f"'{path}' must have at most {_MOST_BYTES} bytes, got {size}.")
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(path.read_bytes(), object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"'{path}' must be JSON: {error}.") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"'{path}' must hold a JSON object, got {type(value).__name__}.")
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; raises ValueError for a key that is there twice, with perhaps two values."""
+    value: dict[str, Any] = {}
+    for key, item in pairs:
+        if key in value:
+            raise ValueError(f'the key "{key}" must be there once, and is there twice')
+        value[key] = item
     return value
 
 
@@ -46,11 +59,13 @@ class Values:
             raise CheckpointError(f'"{key}" of {self.where} must be {expected}, got {value!r}.')
         return value
 
-    def count(self, key: str, default: int | None = None) -> int:
-        """An int above 0; required unless there is a default."""
+    def count(self, key: str, default: int | None = None, most: int = MOST) -> int:
+        """An int in [1, most]; required unless there is a default."""
         value = self.get(key, int, default)
         if value is None:
             raise CheckpointError(f'{self.where} must have "{key}", and does not.')
         if value < 1:
             raise CheckpointError(f'"{key}" of {self.where} must be above 0, got {value}.')
+        if value > most:
+            raise CheckpointError(f'"{key}" of {self.where} must be at most {most}, got {value}.')
         return value

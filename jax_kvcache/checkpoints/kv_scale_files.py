@@ -62,7 +62,10 @@ def read_onnxruntime(
         try:
             content = json.load(file)
             layers = content["layer_ids"]
-            vectors = {n: np.array(content["scales"][f"{n}_scales"], np.float32) for n in "kv"}
+            vectors = {n: np.array(content["scales"][f"{n}_scales"]) for n in "kv"}
+            kinds = {array.dtype.kind for array in vectors.values()}
+            if not isinstance(layers, list) or kinds - {"i", "f"}:
+                raise TypeError("layer_ids is no list, or a scale no number")
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ValueError(
                 f'\'{path}\' must be JSON with "layer_ids" and with "scales", an object of '
@@ -71,6 +74,8 @@ def read_onnxruntime(
     heads = num_kv_heads if shape is None else shape[1]
     if heads is None:
         raise ValueError(f"`num_kv_heads` must be given, since '{path}' does not say it.")
+    if not isinstance(heads, int | np.integer) or heads < 1:
+        raise ValueError(f"`num_kv_heads` must be an int above 0, got {heads!r}.")
     if layers != list(range(len(layers))):
         raise ValueError(f"\"layer_ids\" of '{path}' must be 0, 1 and so on, got {layers}.")
     scales = {}
@@ -84,8 +89,15 @@ def read_onnxruntime(
                 f"\"{n}_scales\" of '{path}' must have shape [L, Nkv * D] = {list(wanted)}, got "
                 f"{list(values.shape)}."
             )
+        with np.errstate(over="ignore"):  # becomes infinity, which the next line refuses
+            values = values.astype(np.float32)
         _check_numbers(f"{n}_scales", values, path, positive=True)
         scales[f"scale_{n}"] = values.reshape(len(layers), heads, -1)
+    if scales["scale_k"].shape != scales["scale_v"].shape:
+        raise ValueError(
+            f'"k_scales" and "v_scales" of \'{path}\' must have one shape, got '
+            f"{list(vectors['k'].shape)} and {list(vectors['v'].shape)}."
+        )
     return scales
 
 
@@ -113,6 +125,12 @@ def _read_array(data: Any, name: str, path: str | os.PathLike[str]) -> np.ndarra
 
 def _check_npz(weights: Scales, path: str | os.PathLike[str], shape: Shape) -> Scales:
     layers, *heads = shape
+    known = {f"layers.{i}.{name}" for i in range(layers) for name in CACHE_PARAMS}
+    if extra := sorted(weights.keys() - known):
+        raise ValueError(
+            f"`scales` must hold {layers} layers, numbered from 0, and '{path}' holds "
+            f"'{extra[0]}' too."
+        )
     params = {}
     for name in CACHE_PARAMS:
         keys = [f"layers.{i}.{name}" for i in range(layers)]

@@ -11,10 +11,16 @@ from safetensors.numpy import save_file
 from jax_kvcache.checkpoints import ascend_v1
 from jax_kvcache.checkpoints.compressed_tensors import CacheScales, cache_scheme
 from jax_kvcache.checkpoints.errors import CheckpointError
-from jax_kvcache.checkpoints.json_files import Values, read_json
+from jax_kvcache.checkpoints.json_files import (
+    MOST_HEAD_DIM,
+    MOST_HEADS,
+    MOST_LAYERS,
+    Values,
+    read_json,
+)
 from jax_kvcache.checkpoints.kv_scale_files import Scales
 from jax_kvcache.checkpoints.linears import stack_kv_parameters
-from jax_kvcache.checkpoints.tensors import TensorFiles
+from jax_kvcache.checkpoints.tensors import OF_A_CACHE, TensorFiles
 
 
 def read_folder(folder: Path) -> Scales:
@@ -25,9 +31,8 @@ def read_folder(folder: Path) -> Scales:
     """
     path = folder / "config.json"
     config = Values(read_json(path), f"'{path}'")
-    heads = config.count("num_attention_heads", config.values.get("num_key_value_heads") or 1)
-    kv_heads = config.count("num_key_value_heads", heads)
-    head_dim = config.get("head_dim", int) or config.count("hidden_size") // heads
+    layers = config.count("num_hidden_layers", most=MOST_LAYERS)
+    kv_heads, head_dim = _heads(config)
     described = (folder / ascend_v1.DESCRIPTION).is_file()
     quantization = config.get("quantization_config", dict)
     if not described and quantization is None:
@@ -40,14 +45,34 @@ def read_folder(folder: Path) -> Scales:
             read = ascend_v1.AscendV1Format(folder, files).kv_parameters
         else:
             read = CacheScales(files, quantization or {}).read
-        layers = (f"model.layers.{i}.self_attn" for i in range(config.count("num_hidden_layers")))
-        scales = stack_kv_parameters([read(name, kv_heads, head_dim) for name in layers])
+        names = (f"model.layers.{i}.self_attn" for i in range(layers))
+        scales = stack_kv_parameters([read(name, kv_heads, head_dim) for name in names])
+        if extra := sorted(name for name in files.unused if name.endswith(OF_A_CACHE)):
+            raise CheckpointError(
+                f"'{path}' says that there are {layers} layers, and no place is left for "
+                f"`{extra[0]}`."
+            )
     if scales is None:
         raise CheckpointError(
             f"'{folder}' must have scales for a cache, and its description has none. Make them "
             "with `python -m jax_kvcache calibrate`."
         )
     return scales
+
+
+def _heads(config: Values) -> tuple[int, int]:
+    """Nkv and D."""
+    heads = config.count("num_attention_heads", most=MOST_HEADS)
+    kv_heads = config.count("num_key_value_heads", heads, most=MOST_HEADS)
+    if config.get("head_dim", int) is not None:
+        return kv_heads, config.count("head_dim", most=MOST_HEAD_DIM)
+    width = config.count("hidden_size", most=heads * MOST_HEAD_DIM)
+    if width % heads:
+        raise CheckpointError(
+            f'{config.where} must have "head_dim": "hidden_size" = {width} is no multiple of '
+            f'"num_attention_heads" = {heads}.'
+        )
+    return kv_heads, width // heads
 
 
 def kv_tensors(scales: Scales) -> dict[str, np.ndarray]:

@@ -45,6 +45,7 @@ def read_kv_scales(
       OSError: the file cannot be read.
       ValueError: it holds no such scales, or those of another shape.
     """
+    shape = None if shape is None else (shape[0], shape[1], shape[2])  # a list will do
     if os.path.isdir(path):
         scales = kv_scale_folders.read_folder(Path(path))
         _check_shape(scales, shape, path)
@@ -124,6 +125,8 @@ def _checked(scales: Mapping[str, Any]) -> Scales:
             f"{', '.join(sorted(scales)) or 'nothing'}."
         )
     arrays = {n: np.asarray(a, np.float32) for n, a in scales.items() if a is not None}
+    if ("offset_k" in arrays) != ("offset_v" in arrays):
+        raise ValueError("`scales` must have offset_k and offset_v together, or neither.")
     shape = arrays["scale_k"].shape
     for name, array in arrays.items():
         if array.ndim != 3 or array.shape != shape:
@@ -131,6 +134,8 @@ def _checked(scales: Mapping[str, Any]) -> Scales:
                 f"`{name}` must have shape [L, Nkv, D]"
                 f"{f' = {list(shape)}' if len(shape) == 3 else ''}, got {list(array.shape)}."
             )
+        if not array.size:
+            raise ValueError(f"`{name}` must have numbers, got shape {list(shape)}.")
         if not np.isfinite(array).all() or (name.startswith("scale") and (array <= 0).any()):
             raise ValueError(f"`{name}` must be finite, and scales above 0.")
     return arrays

@@ -60,7 +60,9 @@ def float_weight(files: TensorFiles, name: str, out: int, width: int) -> jax.Arr
 def optional_bias(files: TensorFiles, name: str, out: int, required: bool) -> jax.Array | None:
     """The bias of the linear layer `name`, or None where it has none and needs none."""
     key = f"{name}.bias"
-    return on_host(float32(files, key, (out,))) if required or key in files else None
+    if not required and key not in files:
+        return None
+    return on_host(finite(key, float32(files, key, (out,))))
 
 
 class Format:
@@ -80,7 +82,8 @@ class Format:
 
     def vector(self, name: str, size: int) -> np.ndarray:
         """A norm's gain, [size] float32."""
-        return float32(self.files, f"{name}.weight", (size,))
+        key = f"{name}.weight"
+        return finite(key, float32(self.files, key, (size,)))
 
     def kv_parameters(self, attention: str, heads: int, head_dim: int) -> KvParameters | None:
         """The cache's parameters of the layer whose attention is `attention`, if it has them."""
@@ -104,6 +107,7 @@ class FloatFormat(Format):
         weight = float_weight(self.files, f"{name}.weight", out, width)
         added = optional_bias(self.files, name, out, bias)
         if self.quantize and name != "lm_head":
+            finite(f"{name}.weight", np.asarray(weight))  # codes would hide a NaN
             codes, scale = jax.jit(quantize_weight)(weight)
             return DynamicInt8Linear(codes, scale, added)
         return FloatLinear(weight, added)

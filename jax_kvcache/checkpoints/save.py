@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -81,10 +82,7 @@ def save(model: Model, folder: str | os.PathLike[str]) -> None:
     for index, layer in enumerate(model.layers):
         _put_layer(tensors, f"model.layers.{index}", layer, model)
     if model.cache_params is not None:
-        params = {n: np.asarray(a) for n, a in model.cache_params.items()}
-        back = _order_back(model)
-        params = {n: a[..., back] if n.endswith("_k") else a for n, a in params.items()}
-        for name, array in kv_tensors(params).items():
+        for name, array in kv_tensors(cache_params_of_files(model, model.cache_params)).items():
             tensors.put(name, array, "C8")
     kinds = [kind for kind in tensors.types.values() if kind not in ("FLOAT", "C8")]
     description: dict[str, Any] = dict(tensors.types)
@@ -96,6 +94,18 @@ def save(model: Model, folder: str | os.PathLike[str]) -> None:
     save_file(tensors.arrays, path / f"{ascend_v1.STEM}.safetensors", metadata={"format": "pt"})
     (path / ascend_v1.DESCRIPTION).write_text(json.dumps(description, indent=1, sort_keys=True))
     (path / "config.json").write_text(json.dumps(_config(model), indent=1))
+
+
+def cache_params_of_files(model: Model, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The cache's parameters with K's channels in the order of the model's files.
+
+    Args:
+      model: partial rotary gave each head's columns another order when it was loaded.
+      params: [L, Nkv, D] each, in the order of `Model.cache_params`.
+    """
+    back = _order_back(model)
+    arrays = {n: np.asarray(a) for n, a in params.items() if a is not None}
+    return {n: a[..., back] if n.endswith("_k") else a for n, a in arrays.items()}
 
 
 def _order_back(model: Model) -> np.ndarray:
@@ -140,6 +150,12 @@ def _columns(linear: Linear, columns: np.ndarray) -> Linear:
     return dataclasses.replace(linear, **chosen)
 
 
+def _have_biases(*linears: Linear) -> bool:
+    """Whether every layer has a bias of its own; those of static activations have another."""
+    own = [linear for linear in linears if not isinstance(linear, StaticInt8Linear)]
+    return bool(own) and all(linear.bias is not None for linear in own)
+
+
 def _config(model: Model) -> dict[str, Any]:
     """config.json: the family that has the model's parts."""
     config, first = model.config, model.layers[0]
@@ -170,6 +186,8 @@ def _config(model: Model) -> dict[str, Any]:
         "max_position_embeddings": config.context,
         "rms_norm_eps": config.norm_eps,
         "rope_parameters": rope,
+        "attention_bias": family != "Qwen2" and _have_biases(*first.qkv, first.o),
+        "mlp_bias": _have_biases(first.gate, first.up, first.down),
         "tie_word_embeddings": model.head is None,
         "eos_token_id": list(config.end_tokens),
         "dtype": "float32",

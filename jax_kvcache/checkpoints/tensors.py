@@ -1,5 +1,6 @@
 """The safetensors files of a folder: which tensor is where, read one at a time, none forgotten."""
 
+import os
 import struct
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,6 +16,8 @@ from jax_kvcache.checkpoints.json_files import read_json
 
 FLOATS = ("F32", "F16", "BF16")
 _FP8 = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
+# How the names of a cache's parameters end, in every format.
+OF_A_CACHE = ("cache_scale", "cache_offset", ".k_scale", ".v_scale")
 _NAMES_SHOWN = 5
 
 
@@ -82,7 +85,7 @@ class TensorFiles:
                     f"`{name}` must be in a file of the folder itself, got {file!r} in '{index}'."
                 )
         for file in sorted(set(weight_map.values())):
-            if not (folder / file).is_file():
+            if not os.path.isfile(folder / file):  # False for names that no file can have, too
                 lacking = [name for name, where in weight_map.items() if where == file]
                 raise CheckpointError(
                     f"the shard '{file}' is missing from '{folder}': '{index.name}' says that it "
@@ -153,10 +156,17 @@ class TensorFiles:
             )
         file, dtype, shape = self.tensors[name]
         if dtype in _FP8:
+            reason = (
+                "fp8 tensors do not turn into int8 codes. Load the float checkpoint that it was "
+                'made from, with `quantize="w8a8"`.'
+            )
+            if name.endswith(OF_A_CACHE):
+                reason = (
+                    "no int8 scale can be recovered from an fp8 one. Drop the cache's scales and "
+                    "make others with `python -m jax_kvcache calibrate`."
+                )
             raise CheckpointError(
-                f"`{name}` of '{file}' must be {_or(dtypes)}, got {dtype}: fp8 tensors do not turn "
-                "into int8 codes. Load the float checkpoint that it was made from, with "
-                '`quantize="w8a8"`.'
+                f"`{name}` of '{file}' must be {_or(dtypes)}, got {dtype}: {reason}"
             )
         if dtype not in dtypes:
             raise CheckpointError(f"`{name}` of '{file}' must be {_or(dtypes)}, got {dtype}.")
@@ -175,7 +185,7 @@ class TensorFiles:
         if self.unused:
             described = [f"`{n}` ({self.tensors[n].dtype})" for n in sorted(self.unused)]
             hint = ""
-            if any(name.endswith(("k_scale", "v_scale")) for name in self.unused):
+            if any(name.endswith(OF_A_CACHE) for name in self.unused):
                 hint = (
                     " Scales of a cache need a description that says that they are of int8; those "
                     "of fp8 cannot be used: drop them and make scales with `python -m jax_kvcache "

@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from jax_kvcache import numerics
 from jax_kvcache.checkpoints import kv_scales
+from jax_kvcache.checkpoints.save import cache_params_of_files
 from jax_kvcache.cli import (
     CommandError,
     add_model_arguments,
@@ -85,18 +86,18 @@ def run(arguments: argparse.Namespace) -> None:
         raise CommandError(f"`--percentile` must be in (0, 100], got {arguments.percentile:g}.")
     texts = [read_file(path) for path in arguments.files]
     with _output(arguments) as out, figure_file(arguments.plot) as pyplot:
-        ranges, calibrations, errors = _calibrate(arguments, texts)
-        _save(out, calibrations, arguments)
+        model, tokenizer = model_from(arguments)
+        windows = windows_of(arguments, model, tokenizer, texts)
+        ranges, calibrations, errors = _calibrate(arguments, model, windows)
+        _save(out, model, calibrations, arguments)
         if pyplot is not None:
             _plot(pyplot, ranges, calibrations)
     _print_table(ranges, calibrations, errors)
     print(f"wrote {arguments.out}")
 
 
-def _calibrate(arguments, texts):
+def _calibrate(arguments, model, windows):
     """The ranges seen, the calibrations and their `ErrorObserver`s, each of "k" and "v"."""
-    model, tokenizer = model_from(arguments)
-    windows = windows_of(arguments, model, tokenizer, texts)
     channels = observed.channels(model)
 
     def batches(description):
@@ -147,12 +148,13 @@ def _output(arguments):
     return contextlib.nullcontext(arguments.out)
 
 
-def _save(out, calibrations, arguments):
+def _save(out, model, calibrations, arguments):
     scales = {
         f"{parameter}_{name}": value
         for name, calibration in calibrations.items()
         for parameter, value in calibration._asdict().items()
     }
+    scales = cache_params_of_files(model, scales)
     try:
         kv_scales.write_kv_scales(out, scales, arguments.format, reduce=arguments.reduce)
     except ValueError as error:

@@ -84,3 +84,20 @@ def test_refuses(tmp_path):
     model = dataclasses.replace(model, layers=(layer, *model.layers[1:]))
     with pytest.raises(ValueError, match=r"`model.layers.0.self_attn.q_proj` has static activati"):
         checkpoints.save(model, tmp_path / "saved")
+
+
+@pytest.mark.parametrize("biases", [False, True])
+def test_biases_are_in_the_config(biases, tmp_path):
+    """Readers that make a model from config.json alone have a place for every bias, and no more."""
+    copy = Copy("llama3_float")
+    copy.config |= {"attention_bias": biases, "mlp_bias": biases}
+    names = [name for name in copy.tensors if name.endswith("_proj.weight")] if biases else []
+    for name in names:
+        width = len(copy.tensors[name])
+        copy.put(name.replace(".weight", ".bias"), np.linspace(-1, 1, width, dtype=np.float32))
+    model = load(copy.write(tmp_path / "folder"))
+    checkpoints.save(model, tmp_path / "saved")
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert config["attention_bias"] is config["mlp_bias"] is biases
+    assert_same(load(tmp_path / "saved"), model)

@@ -127,6 +127,18 @@ LLAMA3 = {
         (LLAMA3 | {"high_freq_factor": 1.0}, ValueError, 'above "low_freq_factor" = 1.0, got 1.0'),
         (YARN | {"factor": "4"}, TypeError, r"\[\"factor\"\]` must be a number, got '4'"),
         (YARN | {"factor": -4}, ValueError, r'\["factor"\]` must be finite and above 0, got -4'),
+        (
+            YARN | {"factor": 10**400},
+            ValueError,
+            r'\["factor"\]` must be finite and above 0, got 10',
+        ),
+        ({"rope_type": ["yarn"]}, ValueError, r"the rope_type \"\['yarn'\]\"; known are default"),
+        (
+            YARN | {"rope_theta": 1.0},
+            ValueError,
+            'of rope_type "yarn" must give finite frequencies, and do not for "rope_theta" = 1',
+        ),
+        ({"rope_type": "linear", "factor": 1e-320}, ValueError, 'of rope_type "linear" must give'),
         (YARN | {"truncate": 1}, TypeError, r'\["truncate"\]` must be a bool, got 1'),
         (
             {"rope_type": "linear", "factor": 2, "partial_rotary_factor": 1.5},
@@ -163,6 +175,23 @@ LLAMA3 = {
 def test_refuses(parameters, error, message):
     with pytest.raises(error, match=message):
         rope_tables(ONE, 8, rope_parameters=parameters)
+
+
+def test_refuses_a_factor_that_is_no_list():
+    parameters = {
+        "rope_type": "longrope",
+        "factor": 2.0,
+        "short_factor": 5,
+        "long_factor": [1.0] * 4,
+        "original_max_position_embeddings": 64,
+    }
+    with pytest.raises(TypeError, match=r'\["short_factor"\]` must be a list, got 5'):
+        rope_tables(ONE, 8, rope_parameters=parameters, seq_len=64)
+
+
+def test_refuses_a_base_beyond_float():
+    with pytest.raises(ValueError, match="`theta` must be a finite number above 0, got 1000"):
+        rope_tables(ONE, 8, 10**400)
 
 
 def test_refuses_two_bases():
