@@ -7,6 +7,7 @@ from jax_kvcache.backends import ascend, ascend_plugin, cuda, library, pjrt
 from jax_kvcache.cli import bench_gpu
 from jax_kvcache.model import calibrate as calibrate_model
 from jax_kvcache.ops import indexing, operands, operator, slots
+from jax_kvcache.ops.decode_attention import primitive as attention_primitive
 from jax_kvcache.ops.decode_attention.reference import Operands as AttentionOperands
 from jax_kvcache.ops.decode_attention.reference import Results as AttentionResults
 from jax_kvcache.ops.dequant_rope_quant_kvcache import api, primitive, reference
