@@ -104,7 +104,7 @@ class FloatFormat(Format):
         weight = float_weight(self.files, f"{name}.weight", out, width)
         added = optional_bias(self.files, name, out, bias)
         if self.quantize and name != "lm_head":
-            codes, scale = jax.jit(quantize_weight)(weight)
+            codes, scale = jax.jit(quantize_weight)(jax.device_put(weight))
             return DynamicInt8Linear(codes, scale, added)
         return FloatLinear(weight, added)
 
