@@ -1,7 +1,7 @@
 """Scales of a cache from its first prompt, and the codes that they give."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -61,10 +61,10 @@ def calibrate_prompt(
     if lengths is not None:
         lengths = check_int32("lengths", lengths, "B", (batch,))
         is_read = jnp.arange(steps, dtype=jnp.int32)[None, :] < lengths[:, None]
-    specs = [spec_of(k), spec_of(v)]
-    channels = [PartitionSpec(*spec[:-4], *spec[-2:]) for spec in specs]
-    cost = CalibrationCost(*[PartitionSpec(*specs[0][:-4])] * 4)
-    out = CalibratedFields(*specs, *channels, cost)
+    specs: list[Any] = [spec_of(k), spec_of(v)]
+    specs += [PartitionSpec(*spec[:-4], *spec[-2:]) for spec in specs]
+    per_layer: list[Any] = [PartitionSpec(*specs[0][:-4])] * 4
+    out = CalibratedFields(*[*specs, CalibrationCost(*per_layer)])
     return automatically(functools.partial(_fields, margin=margin), out, k, v, is_read)
 
 
