@@ -1,6 +1,7 @@
 """The advice of every error: the call that it was about, changed as the error says, passes."""
 
 import ast
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +16,9 @@ from support import caches, calls
 
 import jax_kvcache
 from jax_kvcache import (
+    BlockAllocator,
     KVCache,
+    PagedKVCache,
     decode_attention,
     deinterleave_qkv_for_tensor_parallel,
     dequant_rope_quant_kvcache,
@@ -88,6 +91,23 @@ def on_mesh(cache, kind=AUTO, v_cache=None, out=None, heads=4, mesh=(2, 2), **si
     return jax.jit(step, out_shardings=out)(call)
 
 
+def attend_on_mesh(codes, v_codes=None, **changed):
+    mesh = jax.make_mesh((2, 2), ("dp", "tp"), (EXPLICIT,) * 2)
+    ones = np.ones((4, 8))
+    cache = PagedKVCache.create(4, 8, 4, 8, scale_k=ones, scale_v=ones)
+    q, table = jnp.ones((2, 1, 4, 8)), jnp.zeros((2, 3), jnp.int32)
+    specs = [codes, codes if v_codes is None else v_codes]
+    k_cache, v_cache = (
+        jax.device_put(a, NamedSharding(mesh, s))
+        for a, s in zip((cache.k_cache, cache.v_cache), specs, strict=True)
+    )
+    cache = dataclasses.replace(cache, k_cache=k_cache, v_cache=v_cache)
+    with jax.set_mesh(mesh):
+        return jax.jit(lambda q: decode_attention(q, cache, [8, 9], block_table=table, **changed))(
+            q
+        )
+
+
 def partly_manual(axis_names):
     mesh = jax.make_mesh((2, 2), ("dp", "tp"), (AUTO,) * 2)
     call = calls.ones(B=4, S=1, Nq=4, Nkv=4, D=8, C1=4, C2=8)
@@ -155,6 +175,20 @@ def derivative(stop):
 
 def calibrate(observer="MinMax", **options):
     return numerics.calibrate(getattr(numerics, observer).create((Nkv, D)), **options)
+
+
+def prompt(tokens, length):
+    k = jnp.ones((1, tokens, Nkv, D))
+    return KVCache.calibrated(k, k, length)[0].k_cache
+
+
+def block_table(columns):
+    allocator = BlockAllocator(8, 4)
+    return allocator.block_table([allocator.allocate(9)], columns)
+
+
+def allocate(tokens):
+    return BlockAllocator(3, 4).allocate(tokens)
 
 
 FLOAT = {"x": np.ones((caches.B, caches.S, caches.H), np.float32)}
@@ -283,6 +317,18 @@ CASES = {
         "Give it the same sharding in out_shardings",
         {"cache": P(None, "dp"), "out": P(None, "dp")},
     ),
+    "attention, a sharded head dimension": Case(
+        attend_on_mesh, {"codes": P(None, None, None, "tp")}, "Shard Nkv instead",
+        {"codes": P(None, None, "tp")},
+    ),
+    "attention, caches in two places": Case(
+        attend_on_mesh, {"codes": P("dp"), "v_codes": P(None, "dp")}, "Place both caches with one",
+        {"codes": P("dp"), "v_codes": P("dp")},
+    ),
+    "attention, a window over rows in parts": Case(
+        attend_on_mesh, {"codes": P(None, "dp"), "window": 3}, "Shard the blocks instead",
+        {"codes": P("dp"), "window": 3},
+    ),
     "automatic beside manual axes": Case(
         partly_manual, {"axis_names": {"dp"}}, "Make them all manual",
         {"axis_names": {"dp", "tp"}},
@@ -297,6 +343,16 @@ CASES = {
     "too wide for Ascend": Case(
         on_ascend, {"degree": 1}, r"tensor parallelism over 2 devices fits \(H = 3072\)",
         {"degree": 2},
+    ),
+    "a cache shorter than its prompt": Case(
+        prompt, {"tokens": 5, "length": 4}, "must be at least the prompt's S = 5 tokens, got 4",
+        {"tokens": 5, "length": 5},
+    ),
+    "too few columns": Case(
+        block_table, {"columns": 2}, "`columns` must be at least 3, .* got 2", {"columns": 3},
+    ),
+    "too few blocks": Case(
+        allocate, {"tokens": 13}, "4 blocks are needed and 3 of 3 are free", {"tokens": 12},
     ),
     "absmax with an offset": Case(
         calibrate, {"method": "absmax", "symmetric": False}, "needs a method with an offset",
@@ -330,9 +386,8 @@ ADVICE = re.compile(
     r"(?:^|[.] )((?:Use|Pass|Give|Split|Shard|Place|Undo|Put|Apply|Make|Share|Set) \S+ \S+)"
 )
 ELSEWHERE = {
-    "Shard the blocks": "attention over a mesh, tests/mesh",
-    "Set it to": "files of a checkpoint, tests/checkpoints",
-    "Make them with": "scales that a folder does not have, tests/checkpoints",
+    "Set it to": "files of a checkpoint, tests/checkpoints/test_advice.py",
+    "Make them with": "as above",
 }
 
 

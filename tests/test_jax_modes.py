@@ -1,14 +1,22 @@
 """Every public function under JAX's modes: the same dtypes and the same values."""
 
+import ast
 import functools
+import inspect
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from support import public_calls
+from support import host_calls, public_calls
 from support.modes import MODES
 
+import jax_kvcache
+from jax_kvcache import KVCache, PagedKVCache, checkpoints, model, numerics
+from jax_kvcache.numerics import ErrorObserver
+
 CALLS = public_calls.calls()
+HOST_CALLS = host_calls.calls()
 MORE = {
     "debug_nans": lambda: jax.debug_nans(True),
     "transfer_guard": lambda: jax.transfer_guard("disallow"),
@@ -16,9 +24,18 @@ MORE = {
 }
 
 
+# What has no call in `public_calls` or `host_calls`, and why.
+ELSEWHERE = {
+    "local_slots": "runs inside jax.shard_map, tests/mesh",
+    "forward": "the model has tests of its own, tests/model",
+    "forward_float": "as forward",
+    "new_cache": "as forward",
+}
+
+
 @functools.cache
 def expected(name):
-    return CALLS[name](public_calls.arrays())
+    return HOST_CALLS[name]() if name in HOST_CALLS else CALLS[name](public_calls.arrays())
 
 
 def check(name, got):
@@ -43,3 +60,34 @@ def test_mode(mode, name):
     with (MODES | MORE)[mode]():
         got = jax.block_until_ready(call(arrays))
     check(name, got)
+
+
+@pytest.mark.parametrize("name", HOST_CALLS)
+@pytest.mark.parametrize("mode", [*MODES, *MORE])
+def test_mode_on_the_host(mode, name):
+    expected(name)
+    with (MODES | MORE)[mode]():
+        got = jax.block_until_ready(HOST_CALLS[name]())
+    check(name, got)
+
+
+def test_every_public_function_has_a_call():
+    called = set()
+    for module in (public_calls, host_calls):
+        for node in ast.walk(ast.parse(Path(module.__file__).read_text())):
+            called |= {getattr(node, "attr", None), getattr(node, "id", None)}
+    public = {
+        name
+        for module in (jax_kvcache, checkpoints, model, numerics)
+        for name, value in vars(module).items()
+        if inspect.isfunction(value) and value.__module__.startswith("jax_kvcache.")
+    }
+    methods = {
+        name
+        for owner in (KVCache, PagedKVCache, numerics.MinMax, numerics.Sketch, ErrorObserver)
+        for name, value in inspect.getmembers(owner, inspect.isroutine)
+        if not name.startswith("_")
+    }
+    assert len(public) > 20
+    assert set(ELSEWHERE) <= public
+    assert not (public | methods) - called - set(ELSEWHERE)

@@ -1,14 +1,17 @@
 """Scales of a cache from its first prompt, and the codes that they give."""
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
 from jax_kvcache.export import register_namedtuple_serialization
 from jax_kvcache.ops.checks import FLOATS, check_array, check_int32, check_shape
 from jax_kvcache.ops.dequant_rope_quant_kvcache.reference import quantize_int8
+from jax_kvcache.ops.explicit import automatically, spec_of
 
 MARGIN = 2.0
 _SMALLEST_SHARE = 0.5  # of the head's mean amplitude: what a quiet channel is made ready for
@@ -58,6 +61,16 @@ def calibrate_prompt(
     if lengths is not None:
         lengths = check_int32("lengths", lengths, "B", (batch,))
         is_read = jnp.arange(steps, dtype=jnp.int32)[None, :] < lengths[:, None]
+    specs: list[Any] = [spec_of(k), spec_of(v)]
+    specs += [PartitionSpec(*spec[:-4], *spec[-2:]) for spec in specs]
+    per_layer: list[Any] = [PartitionSpec(*specs[0][:-4])] * 4
+    out = CalibratedFields(*[*specs, CalibrationCost(*per_layer)])
+    return automatically(functools.partial(_fields, margin=margin), out, k, v, is_read)
+
+
+# In a program of its own: `quantize_int8` has a NaN that no result has, and debug_nans finds it.
+@functools.partial(jax.jit, static_argnames="margin")
+def _fields(k: jax.Array, v: jax.Array, is_read: jax.Array, margin: float) -> CalibratedFields:
     k, v = k.astype(jnp.float32), v.astype(jnp.float32)
     scale_k = _scale(_turning_amplitude(k), is_read, margin)
     scale_v = _scale(jnp.abs(v), is_read, margin)

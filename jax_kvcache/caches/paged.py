@@ -13,7 +13,7 @@ from jax_kvcache.caches.checks import check_caches, check_positions, empty_field
 from jax_kvcache.caches.saturation import Saturation, shares_at_ends
 from jax_kvcache.export import register_dataclass_serialization
 from jax_kvcache.ops.checks import check_int32
-from jax_kvcache.ops.explicit import automatically
+from jax_kvcache.ops.explicit import automatically, spec_of
 from jax_kvcache.ops.indexing import take_one
 from jax_kvcache.ops.slots import (
     INT32_MAX,
@@ -144,17 +144,23 @@ class PagedKVCache(CacheBase):
         destinations = jnp.where(copied, destinations, blocks)  # past the end, which is dropped
         layers = (slice(None),) * (self.k_cache.ndim - 4)
 
-        def copy_one(i: jax.Array, caches: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            return tuple(
-                cache.at[*layers, destinations[i]].set(
-                    take_one(cache, sources[i], axis=len(layers)), mode="drop"
+        def copy_all(
+            k_cache: jax.Array, v_cache: jax.Array, sources: jax.Array, destinations: jax.Array
+        ) -> tuple[jax.Array, ...]:
+            def copy_one(i: jax.Array, caches: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+                return tuple(
+                    cache.at[*layers, destinations[i]].set(
+                        take_one(cache, sources[i], axis=len(layers)), mode="drop"
+                    )
+                    for cache in caches
                 )
-                for cache in caches
-            )
+
+            return jax.lax.fori_loop(0, sources.shape[0], copy_one, (k_cache, v_cache))
 
         with jax.named_scope("copy_blocks"):
-            caches = (self.k_cache, self.v_cache)
-            k_cache, v_cache = jax.lax.fori_loop(0, sources.shape[0], copy_one, caches)
+            specs = (spec_of(self.k_cache), spec_of(self.v_cache))
+            arguments = (self.k_cache, self.v_cache, sources, destinations)
+            k_cache, v_cache = automatically(copy_all, specs, *arguments)
         return dataclasses.replace(self, k_cache=k_cache, v_cache=v_cache)
 
     def _indices(

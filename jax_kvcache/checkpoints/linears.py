@@ -108,7 +108,7 @@ class FloatFormat(Format):
         added = optional_bias(self.files, name, out, bias)
         if self.quantize and name != "lm_head":
             finite(f"{name}.weight", np.asarray(weight))  # codes would hide a NaN
-            codes, scale = jax.jit(quantize_weight)(weight)
+            codes, scale = jax.jit(quantize_weight)(jax.device_put(weight))
             return DynamicInt8Linear(codes, scale, added)
         return FloatLinear(weight, added)
 

@@ -29,6 +29,7 @@ def placed(mesh):
         "weight_scale": _HEADS,
         "table": _TOKENS,
         "q": _KV,
+        "prompt": P(None, *_KV),
         "sinks": _HEADS,
         "weight": P(None, "tp"),
         "queries": P("dp", "tp"),

@@ -9,6 +9,7 @@ from jax_kvcache.model import calibrate as calibrate_model
 from jax_kvcache.ops import indexing, operands, operator, slots
 from jax_kvcache.ops.decode_attention import api as attention_api
 from jax_kvcache.ops.decode_attention import cudnn
+from jax_kvcache.ops.decode_attention import primitive as attention_primitive
 from jax_kvcache.ops.decode_attention import reference as attention_reference
 from jax_kvcache.ops.decode_attention.reference import Operands as AttentionOperands
 from jax_kvcache.ops.decode_attention.reference import Results as AttentionResults

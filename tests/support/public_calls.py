@@ -44,6 +44,7 @@ def arrays() -> dict[str, Any]:
         "table": jnp.array([[0, 1], [2, 3]], jnp.int32),
         "one": jnp.ones((), jnp.int32),
         "q": normal(B, S, Nq, D),
+        "prompt": normal(2, B, T, Nkv, D),
         "lses": [normal(B, S, Nq), normal(B, S, Nq)],
         "sinks": normal(Nq),
         "weight": normal(3, H),
@@ -99,6 +100,12 @@ def calls() -> dict[str, Callable[[Any], Any]]:
         "KVCache.saturation": lambda a: a["layered"].saturation(a["positions"]),
         "PagedKVCache.saturation": lambda a: a["paged"].saturation(
             a["positions"], block_table=a["table"]
+        ),
+        "KVCache.calibrated": lambda a: KVCache.calibrated(
+            a["prompt"], a["prompt"], ROWS, lengths=a["positions"] + a["one"], num_q_heads=Nq
+        ),
+        "PagedKVCache.copy_blocks": lambda a: a["paged"].copy_blocks(
+            a["positions"], a["positions"] - a["one"]
         ),
         "slots_from_block_table": lambda a: jax_kvcache.slots_from_block_table(
             a["table"], a["positions"][:, None], ROWS

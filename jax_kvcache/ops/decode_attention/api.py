@@ -57,7 +57,9 @@ def decode_attention(
         positions = jnp.where(step < jnp.array([[5], [8]]), step, -1)
         out = decode_attention(q, cache, positions=positions)
 
-    Rows, blocks and lengths outside the cache are not seen and never read.
+    Rows, blocks and lengths outside the cache are not seen and never read. Under
+    `jax.experimental.checkify` a query past the end is an error, and so is a block that a query
+    needs and that is not there; with `return_lse` only the first, for parts that will be merged.
 
     What it costs: the reference reads the cache in chunks of rows, up to the last row that any
     sequence sees. Beside the results it takes one chunk of K and V in float32 and its scores: about
@@ -179,5 +181,7 @@ def canonical_operands(call: Call) -> tuple[Operands, AttentionOptions, jax.Arra
         soft_cap=call.soft_cap,
         return_lse=bool(call.return_lse),
         contiguous=is_contiguous,
+        partial=bool(call.return_lse),
+        axes=axes,
     )
     return operands, options, at is None or at.exists

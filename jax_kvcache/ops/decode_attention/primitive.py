@@ -3,6 +3,8 @@
 import jax
 from jax.interpreters import ad
 
+from jax_kvcache._compat import add_checks
+from jax_kvcache.ops.decode_attention.debug import findings
 from jax_kvcache.ops.decode_attention.reference import (
     AttentionOptions,
     Operands,
@@ -23,6 +25,10 @@ OPERATOR = Operator(
     sharding=SHARDING,
 )
 decode_attention_p = define(OPERATOR)
+add_checks(
+    decode_attention_p,
+    lambda *operands, options: findings(Operands(*operands), options),
+)
 
 
 def bind(operands: Operands, options: AttentionOptions) -> list[jax.Array]:

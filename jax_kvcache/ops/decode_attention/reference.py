@@ -14,7 +14,7 @@ from jax_kvcache.ops.decode_attention import cudnn
 from jax_kvcache.ops.decode_attention.chunks import Chunks
 from jax_kvcache.ops.implementation import Options
 from jax_kvcache.ops.operands import Operand, Result, group_rank_of, is_absent
-from jax_kvcache.ops.slots import is_row, unravel_in_bounds
+from jax_kvcache.ops.slots import Axes, is_row, unravel_in_bounds
 
 # What a score is that no query may see: finite, so that it subtracts from itself.
 UNSEEN = float(np.finfo(np.float32).min)
@@ -64,6 +64,8 @@ class AttentionOptions(Options):
       soft_cap: the scores become soft_cap * tanh(score / soft_cap); 0: they stay.
       return_lse: whether the log-sum-exp is a result.
       contiguous: whether sequence b reads block b of the last block dimension, of one layer.
+      partial: whether the caller may merge this with the rest; only checkify's rule asks.
+      axes: inside `jax.shard_map`, the axes that the rows are spread over; likewise.
     """
 
     scale: float
@@ -71,6 +73,8 @@ class AttentionOptions(Options):
     soft_cap: float
     return_lse: bool
     contiguous: bool
+    partial: bool
+    axes: Axes
 
     def attributes(self) -> dict[str, Any]:
         """What the native target takes beside its operands."""
