@@ -37,12 +37,13 @@ def test_prefill(name, consecutive):
     run = jax.jit(lambda q, cache: decode_attention(q, cache, return_lse=True, **keywords))
     out, lse = run(q, cache)
     expected, expected_lse, _, value = attention.in_float64(q, cache, **keywords)
-    eps = 2.0**-8 if call.dtype == BF16 else 2.0**-18
+    # Two parts and the whole are rounded to bfloat16, and the weights in cuDNN.
+    eps = 2.0**-7 if call.dtype == BF16 else 2.0**-18
     error = np.abs(np.asarray(out, np.float64) - expected).max() / value
     assert error <= eps, error
     seen = np.isfinite(expected_lse)
     np.testing.assert_array_equal(np.asarray(lse) == -np.inf, ~seen)
-    assert np.abs(np.asarray(lse)[seen] - expected_lse[seen]).max() <= 8 * eps
+    assert np.abs(np.asarray(lse)[seen] - expected_lse[seen]).max() <= 4 * eps
     assert not np.asarray(out, np.float32)[~seen].any()
 
 

@@ -19,7 +19,9 @@ PROMPTS = {
     "missing blocks": Call(kind="paged", B=3, S=33, rows=400, holes=True, sinks=True, layers=2),
 }
 TAKEN = {
-    name: c for name, c in (CALLS | PROMPTS).items() if c.dtype == np.float32 and not c.soft_cap
+    name: call
+    for name, call in (CALLS | PROMPTS).items()
+    if call.dtype == np.float32 and not call.soft_cap and call.rows <= 3000
 }
 
 
@@ -65,7 +67,7 @@ def test_equals_float64(name, consecutive, pieces):
     operands, options = canonical(q, cache, keywords)
     out, lse = attention_reference.decode_attention_reference(operands, options, "cuda")
     expected, expected_lse, score, value = attention.in_float64(q, cache, **keywords)
-    attention.assert_close(out, expected, value, 16 * score)
+    attention.assert_close(out, expected, value, score)
     seen = np.isfinite(expected_lse)
     np.testing.assert_array_equal(np.asarray(lse) == -np.inf, ~seen)
     np.testing.assert_allclose(np.asarray(lse)[seen], expected_lse[seen], rtol=1e-5, atol=1e-5)
