@@ -3,6 +3,8 @@
 tests/cuda/on_device/test_prefill.py calls cuDNN itself.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,31 +49,39 @@ def canonical(q, cache, keywords):
     return attention_api.canonical_operands(attention_api.Call(**fields))[:2]
 
 
-@pytest.fixture(params=["as it is", "in small pieces"])
-def pieces(request, monkeypatch):
+@pytest.fixture
+def in_place_of_cudnn(monkeypatch):
     monkeypatch.setattr(cudnn, "refusal", lambda operands, options: None)
     monkeypatch.setattr(compat, "cudnn_attention", in_xla)
-    if request.param == "in small pieces":
-        for name, size in (("_MULTIPLE", 8), ("_MASKED_ROWS", 16), ("_BUDGET", 1)):
-            monkeypatch.setattr(cudnn, name, size)
 
 
-@pytest.mark.parametrize("consecutive", [False, True])
-@pytest.mark.parametrize("name", TAKEN)
-def test_equals_float64(name, consecutive, pieces):
-    call = TAKEN[name]
+def check(call, consecutive):
     q, cache, keywords = call.draw()
     if consecutive:
         first = np.array([max(call.rows - call.S, 0), 0, 5][: call.B], np.int32)
         keywords["positions"] = first[:, None] + np.arange(call.S, dtype=np.int32)
     operands, options = canonical(q, cache, keywords)
-    out, lse = attention_reference.decode_attention_reference(operands, options, "cuda")
+    run = attention_reference.decode_attention_reference
+    out, lse = jax.jit(functools.partial(run, options=options, platform="cuda"))(operands)
     expected, expected_lse, score, value = attention.in_float64(q, cache, **keywords)
     attention.assert_close(out, expected, value, score)
     seen = np.isfinite(expected_lse)
     np.testing.assert_array_equal(np.asarray(lse) == -np.inf, ~seen)
     np.testing.assert_allclose(np.asarray(lse)[seen], expected_lse[seen], rtol=1e-5, atol=1e-5)
     assert not np.asarray(out)[~seen].any()
+
+
+@pytest.mark.parametrize("consecutive", [False, True])
+@pytest.mark.parametrize("name", PROMPTS)
+def test_equals_float64(name, consecutive, in_place_of_cudnn):
+    check(PROMPTS[name], consecutive)
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_equals_float64_in_small_pieces(name, in_place_of_cudnn, monkeypatch):
+    for number, size in (("_MULTIPLE", 8), ("_MASKED_ROWS", 16), ("_BUDGET", 1)):
+        monkeypatch.setattr(cudnn, number, size)
+    check(TAKEN[name], consecutive=name in PROMPTS)
 
 
 REFUSED = {
