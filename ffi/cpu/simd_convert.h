@@ -148,18 +148,7 @@ JAX_KVCACHE_INLINE Bytes<4> ToCodes<4>(Floats<4> z) {
 }
 #endif
 
-#if defined(__AVX2__)
-// F16C's conversions keep float16 subnormals in every flush mode.
-template <>
-JAX_KVCACHE_INLINE Floats<4> FromHalfBits<4>(Shorts<4> half) {
-  return _mm_cvtph_ps(_mm_cvtsi64_si128(BitCast<int64_t>(half)));
-}
-template <>
-JAX_KVCACHE_INLINE Shorts<4> ToHalfBits<4>(Floats<4> value) {
-  return BitCast<Shorts<4>>(_mm_cvtsi128_si64(_mm_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT)));
-}
-#endif
-
+// F16C's conversions, and those of AVX-512, keep float16 subnormals in every flush mode.
 #if defined(__AVX2__) && !defined(__AVX512F__)
 template <>
 JAX_KVCACHE_INLINE Floats<8> FromHalfBits<8>(Shorts<8> half) {

@@ -26,7 +26,8 @@ struct BFloat {
   uint16_t bits;
 };
 
-// The float32 lanes of this instruction set's widest vector. Kernels use kLanes, 4 and 1 lanes.
+// The float32 lanes of this instruction set's widest vector. Kernels take kLanes columns at a
+// time, or one.
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;
 #elif defined(__AVX2__)

@@ -62,8 +62,11 @@ const char* Launch(const Arguments& arguments, jax_kvcache::cuda::Stream stream)
     case 192:
       failure = LaunchBlocks<192>(arguments, stream);
       break;
-    default:
+    case 256:
       failure = LaunchBlocks<256>(arguments, stream);
+      break;
+    default:  // MakeArguments lets no other size through
+      failure = "no kernel is compiled for this D";
   }
   if (failure != nullptr || arguments.splits == 1) return failure;
   return LaunchMerge(arguments, stream);

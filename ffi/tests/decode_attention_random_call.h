@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "core/decode_attention.h"
+#include "standin/narrow_floats.h"
 #include "tests/check.h"
 #include "tests/owned_tensor.h"
 
@@ -55,28 +56,41 @@ struct Options {
   bool return_lse = false;
   int64_t window = 0;
   float soft_cap = 0;
+  float q_factor = 1;  // q's numbers, which are below 2, are multiplied by it
   // Any 32 bits in the table and the positions, and any bits in the floating point operands.
   bool hostile = false;
 };
 
-inline Sizes RandomSizes(Random& random) {
-  constexpr int64_t kHeadDims[] = {1, 3, 7, 8, 12, 16, 17, 31, 33, 64, 80, 96, 128, 144};
-  constexpr int64_t kQueries[] = {1, 1, 1, 2, 3, 5, 9, 40};
-  constexpr int64_t kBlockRows[] = {1, 2, 16, 33, 128, 600};
+// What RandomSizes chooses from.
+struct SizeChoices {
+  std::vector<int64_t> head_dims = {1, 3, 7, 8, 12, 16, 17, 31, 33, 64, 80, 96, 128, 144};
+  std::vector<int64_t> queries = {1, 1, 1, 2, 3, 5, 9, 40};
+  std::vector<int64_t> q_heads_per_kv_head = {1, 2, 3, 4, 5, 6, 7, 8, 9};
+  std::vector<int64_t> block_rows = {1, 2, 16, 33, 128, 600};
+  int64_t rows = 300;  // of a sequence, where its blocks are smaller
+};
+
+inline int64_t OneOf(Random& random, const std::vector<int64_t>& values) {
+  return values[static_cast<size_t>(Below(random, static_cast<int64_t>(values.size())))];
+}
+
+inline Sizes RandomSizes(Random& random, const SizeChoices& choices = SizeChoices()) {
   Sizes s;
   for (int64_t i = Below(random, 3); i > 0; --i) s.groups.push_back(1 + Below(random, 2));
   s.sequences = 1 + Below(random, 3);
-  s.queries = kQueries[Below(random, 8)];
+  s.queries = OneOf(random, choices.queries);
   s.num_kv_heads = 1 + Below(random, 3);
-  s.num_q_heads = s.num_kv_heads * (1 + Below(random, 9));
-  s.head_dim = kHeadDims[Below(random, 14)];
-  s.block_rows = kBlockRows[Below(random, 6)];
-  s.table_blocks = 1 + Below(random, 1 + 300 / s.block_rows);
+  s.num_q_heads = s.num_kv_heads * OneOf(random, choices.q_heads_per_kv_head);
+  s.head_dim = OneOf(random, choices.head_dims);
+  s.block_rows = OneOf(random, choices.block_rows);
+  s.table_blocks = 1;
+  if (Below(random, 8) != 0) s.table_blocks += Below(random, 1 + choices.rows / s.block_rows);
   if (Below(random, 3) == 0) s.blocks.push_back(2);
   s.blocks.push_back(1 + Below(random, 1 + s.table_blocks * s.sequences));
   return s;
 }
 
+// `rows`: of a sequence.
 inline Options RandomOptions(Random& random, int64_t rows) {
   constexpr DType kDTypes[] = {DType::kF32, DType::kF32, DType::kBF16, DType::kF16};
   Options o;
@@ -85,8 +99,21 @@ inline Options RandomOptions(Random& random, int64_t rows) {
   o.sinks = Below(random, 3) == 0;
   o.return_lse = Below(random, 2) == 0;
   if (Below(random, 3) == 0) o.window = 1 + Below(random, rows + 2);
-  if (Below(random, 3) == 0) o.soft_cap = 5.0f + static_cast<float>(Below(random, 50));
+  if (Below(random, 3) == 0) o.soft_cap = Uniform(random, 1, 50);
   return o;
+}
+
+// Multiplies every number and rounds it to its type.
+inline void Multiply(OwnedTensor* t, float factor) {
+  for (size_t i = 0; i < t->Count(); ++i) {
+    if (t->dtype() == DType::kF32) {
+      t->Set(i, t->Get<float>(i) * factor);
+    } else if (t->dtype() == DType::kBF16) {
+      t->Set(i, standin::ToBfloat(standin::BfloatToFloat(t->Get<uint16_t>(i)) * factor));
+    } else {
+      t->Set(i, standin::ToHalf(standin::HalfToFloat(t->Get<uint16_t>(i)) * factor));
+    }
+  }
 }
 
 // A valid call. Some of the table's blocks do not exist, some positions see nothing or more rows
@@ -105,12 +132,13 @@ inline RandomCall MakeRandomCall(Random& random, const Sizes& s, const Options& 
   const std::vector<int64_t> absent = {0};
   const std::vector<int64_t> per_channel = {s.num_kv_heads, s.head_dim};
   RandomCall c;
-  c.scale = 1.0f / static_cast<float>(s.head_dim < 16 ? 4 : 11);
+  c.scale = Uniform(random, 0.05f, 0.2f) * (s.head_dim < 16 ? 3.0f : 1.0f);
   c.window = o.window;
   c.soft_cap = o.soft_cap;
   c.return_lse = o.return_lse;
   c.args[kQ].Reset(o.dtype, all({s.sequences, s.queries, s.num_q_heads, s.head_dim}));
   FillFloats(random, &c.args[kQ], -2, 2, o.hostile);
+  if (o.q_factor != 1) Multiply(&c.args[kQ], o.q_factor);
   for (const Arg arg : {kKCache, kVCache}) {
     c.args[arg].Reset(DType::kS8,
                       shared(join(s.blocks, {s.block_rows, s.num_kv_heads, s.head_dim})));
@@ -121,13 +149,16 @@ inline RandomCall MakeRandomCall(Random& random, const Sizes& s, const Options& 
   c.args[kTable].Reset(DType::kS32, all({s.sequences, s.table_blocks}));
   for (size_t i = 0; i < c.args[kTable].Count(); ++i) {
     const bool any = o.hostile && Below(random, 4) == 0;
-    c.args[kTable].Set(
-        i, static_cast<int32_t>(any ? random() : Below(random, blocks + blocks / 8 + 2) - 1));
+    int64_t block = Below(random, blocks);
+    if (Below(random, 8) == 0) block = OneOf(random, {-1, blocks, INT32_MAX, INT32_MIN});
+    c.args[kTable].Set(i, static_cast<int32_t>(any ? random() : block));
   }
+  const int64_t rows = s.table_blocks * s.block_rows;
   c.args[kPositions].Reset(DType::kS32, all({s.sequences, s.queries}));
   for (size_t i = 0; i < c.args[kPositions].Count(); ++i) {
     const bool any = o.hostile && Below(random, 4) == 0;
-    const int64_t position = Below(random, s.table_blocks * s.block_rows + 4) - 1;
+    int64_t position = Below(random, rows);
+    if (Below(random, 6) == 0) position = OneOf(random, {-1, 0, rows, INT32_MAX, INT32_MIN});
     c.args[kPositions].Set(i, static_cast<int32_t>(any ? random() : position));
   }
   for (const Arg arg : {kScaleK, kScaleV}) {

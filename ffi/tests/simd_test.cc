@@ -131,7 +131,6 @@ int main() {
 #endif
   for (const bool flush : {false, true}) {
     jax_kvcache::TestWidth<jax_kvcache::kLanes>(flush);
-    jax_kvcache::TestWidth<4>(flush);
     jax_kvcache::TestWidth<1>(flush);
   }
   std::printf("%d lanes: conversions and codes agree\n", jax_kvcache::kLanes);

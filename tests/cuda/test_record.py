@@ -1,7 +1,9 @@
 """The CUDA backend without a GPU: what is said of it, what it refuses, what is lowered for it."""
 
 import functools
+import re
 import warnings
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -171,6 +173,22 @@ def test_a_refused_call_raises_or_is_explained():
     function = jax.jit(functools.partial(decode_attention, implementation="ffi"))
     with pytest.raises(NotImplementedError, match="the CUDA kernel takes D = 64, 80"):
         lowered(function, q, cache, **call)
+
+
+# Where the C++ side says which head sizes there are, and how it says it.
+FFI_CUDA = Path(__file__).parents[2] / "ffi" / "cuda"
+SIZES_IN_CPP = {
+    "decode_attention_call.cc": r"known : \{([\d, ]+)\}",  # taken
+    "decode_attention.cc": r"LaunchBlocks<(\d+)>",  # launched
+    "build.cmake": r"foreach\(head_dim ([\d ]+)\)",  # compiled
+}
+
+
+@pytest.mark.parametrize("source", SIZES_IN_CPP)
+def test_the_head_sizes_are_those_in_cpp(source):
+    found = re.findall(SIZES_IN_CPP[source], (FFI_CUDA / source).read_text())
+    sizes = tuple(int(size) for text in found for size in re.findall(r"\d+", text))
+    assert sizes == cuda.HEAD_DIMS
 
 
 def test_splits():
