@@ -44,7 +44,8 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--implementation",
         choices=("ffi", "xla"),
-        help="the operator's lowering (default: native where there is one, else xla)",
+        help="how both operators run: ffi is the native target, xla the jax.numpy reference "
+        "(default: the native target where it can run the call, else the reference)",
     )
 
 
