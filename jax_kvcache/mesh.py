@@ -82,10 +82,10 @@ class Sharding:
       rule: (operands, results, options) -> Shardy's rule, of things with a shape, and the sizes of
         the factors that it multiplies.
       shard: (operands, call, layout, mesh) -> the results of one shard, by `call.run`.
-      settled: operands that have their sharding from what comes before alone: the rule says what
-        follows from it, and nothing that follows changes it.
-      plain_is_fine: whether the reference's operations do, left to XLA's own partitioner, where
-        there is no custom partitioning; otherwise that is an error.
+      settled: operands whose sharding is decided by what computes them. In automatic mode Shardy
+        propagates it from there to the results, and never from this call back to the operand.
+      plain_is_fine: whether, where custom partitioning cannot be had, the reference's operations
+        are emitted for XLA's own partitioner to spread; otherwise such a call is an error.
     """
 
     layout: Callable[[Any, Any, Any, Any], Any]

@@ -44,8 +44,8 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--implementation",
         choices=("ffi", "xla"),
-        help="how both operators run: ffi is the native target, xla the jax.numpy reference "
-        "(default: the native target where it can run the call, else the reference)",
+        help="ffi demands the native target of the write, xla is the jax.numpy reference of the "
+        "write and of attention (default: native targets where they can run the call)",
     )
 
 
