@@ -10,7 +10,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from jax_kvcache.ops.indexing import take_one
-from jax_kvcache.ops.operands import Axes
+from jax_kvcache.ops.slots import Axes, axes_named
 
 
 def mesh_of(types: Iterable[Any]) -> Any:
@@ -21,12 +21,8 @@ def mesh_of(types: Iterable[Any]) -> Any:
 
 def axes_of(sharding: Any, rank: int) -> tuple[Axes, ...]:
     """The mesh axes of each of `rank` dimensions of a NamedSharding."""
-
-    def axes(entry):
-        return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
-
     spec = (*sharding.spec, *[None] * (rank - len(sharding.spec)))
-    return tuple(map(axes, spec))
+    return tuple(map(axes_named, spec))
 
 
 def num_shards(mesh: Any, axes: Axes) -> int:

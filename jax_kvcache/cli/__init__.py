@@ -9,7 +9,7 @@ import argparse
 import numpy as np
 
 from jax_kvcache import checkpoints
-from jax_kvcache.checkpoints.demo import with_scales
+from jax_kvcache.checkpoints.load import with_scales
 from jax_kvcache.checkpoints.tokenizer import Tokenizer
 from jax_kvcache.model import Model
 from jax_kvcache.model.evaluate import BATCH, Windows, cut_windows
