@@ -1,4 +1,4 @@
-"""Fused dequantise, RoPE, int8-quantise and KV-cache write for LLM inference in JAX.
+"""An int8 KV cache for LLM inference in JAX: its fused write, attention, caches, checkpoints.
 
 The operators, functions of arrays, and what says which implementation of each would run:
 
@@ -16,6 +16,7 @@ What goes into a call:
 - `interleave_qkv_for_tensor_parallel`, `deinterleave_qkv_for_tensor_parallel`: the order of the
   projection's columns inside `jax.shard_map`; `local_slots`: a device's own rows there
 - `jax_kvcache.numerics` (a module to import): scales, and what they cost
+- `jax_kvcache.checkpoints` (a module to import): models and scales from folders, and to them
 
 To export a program that calls an operator: `disabled_export_checks`. On the command line:
 `python -m jax_kvcache`.

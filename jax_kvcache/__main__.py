@@ -47,7 +47,8 @@ def _drop_output() -> None:
 def _run(argv: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m jax_kvcache",
-        description="An int8 KV cache for JAX, written by one operator.",
+        description="An int8 KV cache for JAX: one operator writes it, attention reads it, and "
+        "models and scales come from checkpoint folders.",
     )
     parser.add_argument("--version", action="version", version=f"jax_kvcache {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND")

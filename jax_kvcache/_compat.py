@@ -71,7 +71,10 @@ def on_plugins_discovered(callback) -> None:
 
 
 def has_custom_call_handler(platform: str) -> bool:
-    """Whether a plugin takes FFI targets for `platform` through `jax.ffi`; else they only queue."""
+    """Whether a plugin takes FFI targets for `platform` through `jax.ffi`.
+
+    Without such a plugin JAX keeps the targets in a queue, and no runtime gets them.
+    """
     return platform in xla_client._custom_callback_handler
 
 

@@ -10,7 +10,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from jax_kvcache.ops.indexing import take_one
-from jax_kvcache.ops.operands import Axes
+from jax_kvcache.ops.slots import Axes, axes_named
 
 
 def mesh_of(types: Iterable[Any]) -> Any:
@@ -21,12 +21,8 @@ def mesh_of(types: Iterable[Any]) -> Any:
 
 def axes_of(sharding: Any, rank: int) -> tuple[Axes, ...]:
     """The mesh axes of each of `rank` dimensions of a NamedSharding."""
-
-    def axes(entry):
-        return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
-
     spec = (*sharding.spec, *[None] * (rank - len(sharding.spec)))
-    return tuple(map(axes, spec))
+    return tuple(map(axes_named, spec))
 
 
 def num_shards(mesh: Any, axes: Axes) -> int:
@@ -82,10 +78,10 @@ class Sharding:
       rule: (operands, results, options) -> Shardy's rule, of things with a shape, and the sizes of
         the factors that it multiplies.
       shard: (operands, call, layout, mesh) -> the results of one shard, by `call.run`.
-      settled: operands that have their sharding from what comes before alone: the rule says what
-        follows from it, and nothing that follows changes it.
-      plain_is_fine: whether the reference's operations do, left to XLA's own partitioner, where
-        there is no custom partitioning; otherwise that is an error.
+      settled: operands whose sharding is decided by what computes them. In automatic mode Shardy
+        propagates it from there to the results, and never from this call back to the operand.
+      plain_is_fine: whether, where custom partitioning cannot be had, the reference's operations
+        are emitted for XLA's own partitioner to spread; otherwise such a call is an error.
     """
 
     layout: Callable[[Any, Any, Any, Any], Any]

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from jax_kvcache.ops.checks import check_int
 from jax_kvcache.rope_frequencies import FORMULAS
 
 DEFAULT_THETA = 10000.0
@@ -89,17 +90,13 @@ class RopeParameters:
           TypeError: `seq_len` is not an int.
           ValueError: `seq_len` is missing or below 1, or a frequency is not finite.
         """
-        if seq_len is not None and (
-            isinstance(seq_len, bool) or not isinstance(seq_len, int | np.integer)
-        ):
-            raise TypeError(f"`seq_len` must be a static int, got {type(seq_len).__name__}.")
-        if self.needs_length and (seq_len is None or seq_len < 1):
+        length = None if seq_len is None else check_int("seq_len", seq_len)
+        if self.needs_length and (length is None or length < 1):
             raise ValueError(
                 f'`seq_len` must be an int above 0 for rope_type "{self.type}", whose frequencies '
                 f"depend on it, got {seq_len}; give the longest sequence that will be read."
             )
         values, dim = dict(self.values), self.rotary_dim(head_dim)
-        length = None if seq_len is None else int(seq_len)
         try:
             with np.errstate(all="ignore"):
                 frequencies, factor = FORMULAS[self.type](values, self.theta, dim, length)

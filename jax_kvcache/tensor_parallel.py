@@ -9,9 +9,8 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from jax_kvcache.ops.checks import INT32, check_array
+from jax_kvcache.ops.checks import INT32, check_array, check_int
 from jax_kvcache.ops.dequant_rope_quant_kvcache.checks import check_splits
-from jax_kvcache.ops.dequant_rope_quant_kvcache.columns import check_number
 from jax_kvcache.ops.explicit import automatically, spec_of
 from jax_kvcache.ops.slots import INT32_MAX, axes_named, shard_slots
 
@@ -25,8 +24,8 @@ def _check_whole_heads(splits: tuple[int, ...], shards: int, head_dim: int | Non
     The widths alone do not say how large a head is. Without `head_dim` this finds only what would
     be whole heads of a size that no model has.
     """
-    check_number("head_dim", head_dim)
     if head_dim is not None:
+        head_dim = check_int("head_dim", head_dim, 1)
         if any(split % head_dim for split in splits):
             raise ValueError(
                 f"`head_dim` must divide each of `size_splits` = {splits}, got {head_dim}."
@@ -56,11 +55,10 @@ def _column_order(width, size_splits, shards, head_dim) -> np.ndarray:
             f"`size_splits` must be three widths (q, k, v) that add up to {width}, the last "
             f"dimension of `w`, got {splits}."
         )
-    if isinstance(shards, bool) or not isinstance(shards, int | np.integer):
-        raise TypeError(f"`shards` must be an int, got {shards!r}.")
+    shards = check_int("shards", shards)
     if shards < 1 or any(split % shards for split in splits):
         raise ValueError(f"`shards` must divide each of `size_splits` = {splits}, got {shards}.")
-    _check_whole_heads(splits, int(shards), head_dim)
+    _check_whole_heads(splits, shards, head_dim)
     blocks = np.split(np.arange(width), np.cumsum(splits)[:2])
     # [shards, each block's own columns]: device i gets q, k and v columns i
     return np.concatenate([b.reshape(shards, -1) for b in blocks], axis=1).reshape(-1)
@@ -132,10 +130,9 @@ def local_slots(indices: ArrayLike, rows: int, axis_name: str | tuple[str, ...])
       TypeError: `indices` is not an int32 array of 1 or 2 dimensions, or `rows` is not an int.
       ValueError: the devices together have more rows than int32 counts.
     """
-    if isinstance(rows, bool) or not isinstance(rows, int | np.integer):
-        raise TypeError(f"`rows` must be an int, got {rows!r}.")
+    rows = check_int("rows", rows)
     check_array("indices", indices, INT32, (1, 2))
-    total = int(rows) * lax.axis_size(axis_name)
+    total = rows * lax.axis_size(axis_name)
     if not 1 <= total <= INT32_MAX:
         raise ValueError(
             f"`rows` times the {lax.axis_size(axis_name)} devices of '{axis_name}' must be in "

@@ -79,7 +79,7 @@ def batches(modules, count):
     return windows.tokens[:count], windows.targets[:count]
 
 
-calibration, calibration_targets = batches(["argparse", "inspect", "typing"], 4)
+calibration, _ = batches(["argparse", "inspect", "typing"], 4)
 held_out, targets = batches(["heapq", "textwrap", "shelve", "fileinput", "bisect", "sched"], 4)
 
 

@@ -1,5 +1,5 @@
-// Owns the choice of the attention kernel's variant, the pointers that it gets, and the order in
-// which a part and the merge of its chunks run.
+// Owns the choice of the attention kernel's variant for this processor, and the pointers that it
+// gets.
 #include "cpu/decode_attention_kernel.h"
 
 #include "cpu/decode_attention_kernel_variant.h"

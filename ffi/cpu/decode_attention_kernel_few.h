@@ -23,13 +23,14 @@ struct Channels {
   int64_t At(int64_t slot) const { return first + std::min(slot * kLanes, count - kLanes); }
 };
 
-// What the heads of the next block need from memory, one piece of K and of V per row; or null.
+// What is fetched ahead while a block is computed: for each of its rows, the address of one head's
+// D codes of K and of V in the next block (see PieceWalk); or null.
 struct Ahead {
   const int8_t* const* k = nullptr;
   const int8_t* const* v = nullptr;
 
-  // Asks for the pieces of one row. They go to the level-2 cache: together they may be more than
-  // what level 1 holds.
+  // Asks the processor for the codes that belong to one row. They go to the level-2 cache, since
+  // those of a whole block may be more than level 1 holds.
   JAX_KVCACHE_INLINE void Fetch(int64_t row, int64_t bytes) const {
     for (int64_t i = 0; i < bytes; i += 64) {
       __builtin_prefetch(k[row] + i, /*rw=*/0, /*locality=*/2);

@@ -99,8 +99,8 @@ inline void PackCentre(const PartSizes& sizes, const float* offset, int64_t head
   }
 }
 
-// Multiplies a query row [D] with K's scale, so that scores come out in units of log2, or with a
-// soft cap as TanhOfHalf wants them. Returns what the scores lack, see TileState.
+// Multiplies a query row [D] with K's scale, so that scores come out multiplied by log2(e), or with
+// a soft cap as TanhOfHalf wants them. Returns what the scores lack, see TileState.
 inline float ScaleQuery(const Shape& shape, const HeadParameters& head, float* row) {
   const float unit = shape.soft_cap == 0.0f ? kLog2E : 2 * kLog2E / shape.soft_cap;
   const float factor = shape.scale * unit;

@@ -85,8 +85,10 @@ class RowWalk {
   int64_t in_block_;  // row of that column's block
 };
 
-// The pieces that the heads of a part have in the rows of a block, in the order of memory: a head
-// asks the processor for as many pieces of the next block as it reads rows of its own.
+// Walks over the codes of the next block in the order of memory: row after row, and within a row
+// head after head of the part. Each step gives the D codes of K and of V of one head in one row,
+// which the processor is then asked to fetch. While a head of the current block is computed, it
+// takes as many steps as it has rows, so that all heads together have walked over the next block.
 class PieceWalk {
  public:
   PieceWalk(const RowBlock& block, int64_t first_head, int64_t heads, int64_t head_dim)

@@ -14,7 +14,8 @@ namespace {
 // kept per lane, in one vector or two.
 constexpr int kMaxTileWidth = 2 * kLanes;
 
-// What is known of a tile's query rows. Scores are in units of log2: a weight is 2^(score - peak).
+// What is known of a tile's query rows. Scores have been multiplied by log2(e), so that the weight
+// e^(s - p) of a plain score s is 2^(score - peak).
 struct TileState {
   float peak[kMaxTileWidth];   // the greatest score so far; -infinity: no row was seen
   float total[kMaxTileWidth];  // the sum of weights over the rows that this lane held
@@ -28,7 +29,8 @@ struct ScoreRule {
   // A lane's query sees rows [begin, end) of the block, and no others; null: all rows.
   const int32_t* seen_begin = nullptr;  // [kMaxTileWidth]
   const int32_t* seen_end = nullptr;
-  // With a soft cap, in units of log2: the score is cap * tanh((score + constant) * ln(2) / 2).
+  // With a soft cap, also multiplied by log2(e): the score becomes
+  // cap * tanh((score + constant) * ln(2) / 2).
   float cap = 0.0f;
 };
 

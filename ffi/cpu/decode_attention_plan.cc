@@ -90,8 +90,9 @@ Plan MakePlan(const Shape& shape, const int32_t* positions, int64_t max_threads)
   for (const Span& span : spans) chunks += ChunksOf(span, rows_per_chunk);
 
   Plan plan;
-  // Up to four query rows, a code costs about what the copy of two bytes does, and more in
-  // proportion with more rows.
+  // WorthThreads asks for the bytes of a copy that takes as long. Computing with one code takes
+  // about as long as copying two bytes, for up to four query rows together; eight query rows take
+  // twice that, and so on.
   const int64_t quads = CeilDivide(std::min(shape.queries, queries_per_span) * per_head, 4);
   const double bytes = 4.0 * static_cast<double>(rows) * static_cast<double>(shape.row_size()) *
                        static_cast<double>(quads);

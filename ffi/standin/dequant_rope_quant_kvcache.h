@@ -1,6 +1,6 @@
 // Owns the interface of the scalar rendering of dequant_rope_quant_kvcache, which computes one
 // value at a time, in the order of the formulas. The stand-in device runs it, and the C++ tests
-// compare the CPU kernel with it.
+// compare the CPU kernel and the CUDA kernel with it.
 #ifndef JAX_KVCACHE_FFI_STANDIN_DEQUANT_ROPE_QUANT_KVCACHE_H_
 #define JAX_KVCACHE_FFI_STANDIN_DEQUANT_ROPE_QUANT_KVCACHE_H_
 

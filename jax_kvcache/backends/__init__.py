@@ -3,6 +3,7 @@
 Importing this registers the native library's FFI targets; it initialises no JAX backend.
 """
 
+from jax_kvcache import _compat
 from jax_kvcache.backends import library
 from jax_kvcache.backends.ascend import ASCEND
 from jax_kvcache.backends.backend import Backend as Backend
@@ -17,7 +18,12 @@ PLATFORMS: tuple[str, ...] = tuple(name for backend in BACKENDS for name in back
 
 
 def find(platform: str) -> Backend | None:
-    """The backend of a platform, under any of the names that JAX has for it; None without one."""
+    """The backend of a platform, under any of the names that JAX has for it; None without one.
+
+    JAX reports an AMD GPU as "gpu" too; in a process with one and no NVIDIA GPU, "gpu" has none.
+    """
+    if platform == "gpu" and "rocm" in _compat.initialized_backends() and not CUDA.is_here():
+        return None
     for backend in BACKENDS:
         if platform in (*backend.lowered_as, *backend.reported_as):
             return backend

@@ -13,7 +13,10 @@ from jax_kvcache.backends import library, pjrt
 from jax_kvcache.backends.backend import Backend
 
 PLATFORMS = ("ascend", "ASCEND")
-"""The public plugin registers as the first, and its client reports the second: each keys rules."""
+"""The public plugin registers as the first, and its client reports the second as its platform.
+
+JAX looks lowering rules and FFI targets up by either name, so both are registered.
+"""
 
 
 @dataclasses.dataclass

@@ -9,7 +9,7 @@ import jax
 from jax_kvcache.backends import library
 
 
-def _takes_everything(operands: Any) -> str | None:
+def _no_reason(operands: Any) -> str | None:
     del operands
     return None
 
@@ -37,9 +37,9 @@ class Target:
     """
 
     symbol: str
-    refusal: Callable[[Any], str | None] = _takes_everything
+    refusal: Callable[[Any], str | None] = _no_reason
     prepare: Callable[[Any], Any] = _as_they_are
-    prefers_reference: Callable[[Any], str | None] = _takes_everything
+    prefers_reference: Callable[[Any], str | None] = _no_reason
     scratch: Callable[[Any], tuple[jax.ShapeDtypeStruct, ...]] = _no_scratch
 
 

@@ -12,7 +12,7 @@ import jax
 
 NAME = "libjax_kvcache.so"
 BENCH_NAME = "libjax_kvcache_bench.so"  # what the benchmark compares with, beside it
-_SYMBOLS = (  # what ffi/exports.map exports in every build
+_SYMBOLS = (  # that the library has in every build; those of CUDA are only in some
     "decode_attention_cpu",
     "dequant_rope_quant_kvcache_cpu",
     "dequant_rope_quant_kvcache_ascend",

@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jax_kvcache.ops.checks import check_int
+
 
 class OutOfBlocksError(RuntimeError):
     """Too few blocks are free; the allocator is as it was before the call."""
@@ -46,8 +48,8 @@ class BlockAllocator:
           TypeError: an argument is not an int.
           ValueError: an argument is below 1.
         """
-        self.num_blocks = _at_least("num_blocks", num_blocks, 1)
-        self.block_size = _at_least("block_size", block_size, 1)
+        self.num_blocks = check_int("num_blocks", num_blocks, 1)
+        self.block_size = check_int("block_size", block_size, 1)
         self._free = list(range(num_blocks - 1, -1, -1))  # the last one is the next to be given
         self._references = [0] * num_blocks
         self._blocks: dict[int, list[int]] = {}
@@ -82,8 +84,8 @@ class BlockAllocator:
           OutOfBlocksError: too few blocks are free.
           TypeError, ValueError: `length` is not an int, or is negative.
         """
-        blocks = self._take(self._blocks_for(_at_least("length", length, 0)))
-        return self._add(blocks, length)
+        length = check_int("length", length, 0)
+        return self._add(self._take(self._blocks_for(length)), length)
 
     def append(self, sequence: int, tokens: int = 1) -> BlockCopy:
         """Makes a sequence longer by `tokens`, with rows that no other sequence has.
@@ -98,7 +100,7 @@ class BlockAllocator:
           TypeError, ValueError: `tokens` is not an int, or is negative; an unknown sequence.
         """
         blocks, length = self._blocks[self._known(sequence)], self._lengths[sequence]
-        end = length + _at_least("tokens", tokens, 0)
+        end = length + check_int("tokens", tokens, 0)
         writes_last = tokens > 0 and length % self.block_size > 0
         copies_last = writes_last and self._references[blocks[-1]] > 1
         new = self._take(self._blocks_for(end) - len(blocks) + copies_last)
@@ -167,7 +169,7 @@ class BlockAllocator:
         Raises:
           TypeError, ValueError: `columns` is not an int or too small; an unknown sequence.
         """
-        table = np.full((len(sequences), _at_least("columns", columns, 1)), -1, np.int32)
+        table = np.full((len(sequences), check_int("columns", columns, 1)), -1, np.int32)
         for row, sequence in zip(table, sequences, strict=True):
             if sequence is None:
                 continue
@@ -191,11 +193,14 @@ class BlockAllocator:
     def _part(self, name: str, sequence: int, length: int | None) -> int:
         """A length up to the sequence's; its own for None."""
         own = self._lengths[self._known(sequence)]
-        if length is not None and _at_least(name, length, 0) > own:
+        if length is None:
+            return own
+        length = check_int(name, length, 0)
+        if length > own:
             raise ValueError(
                 f"`{name}` must be at most {own}, the sequence's length, got {length}."
             )
-        return own if length is None else length
+        return length
 
     def _add(self, blocks: list[int], length: int) -> int:
         sequence = self._next_sequence
@@ -218,11 +223,3 @@ class BlockAllocator:
             self._references[block] -= 1
             if not self._references[block]:
                 self._free.append(block)
-
-
-def _at_least(name: str, value: int, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"`{name}` must be an int, got {type(value).__name__}.")
-    if value < least:
-        raise ValueError(f"`{name}` must be at least {least}, got {value}.")
-    return int(value)

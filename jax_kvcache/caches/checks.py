@@ -10,13 +10,13 @@ from jax.typing import ArrayLike
 from jax_kvcache.ops.checks import (
     INT8,
     check_array,
+    check_int,
     check_int32,
     check_offsets_together,
     check_row_count,
     check_shape,
 )
 from jax_kvcache.ops.dequant_rope_quant_kvcache.checks import Layer
-from jax_kvcache.ops.dequant_rope_quant_kvcache.columns import check_number
 
 
 def check_caches(cache: Any) -> None:
@@ -88,12 +88,11 @@ def empty_fields(
     sizes = sizes | {"num_kv_heads": num_kv_heads, "head_dim": head_dim}
     if layers is not None:
         sizes = {"layers": layers} | sizes
-    check_number("num_q_heads", num_q_heads)
-    for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int):
-            raise TypeError(f"`{name}` must be an int, got {type(size).__name__}.")
-        if size < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {size}.")
+    if num_q_heads is not None:
+        num_q_heads = check_int("num_q_heads", num_q_heads, 1)
+    sizes = {name: check_int(name, size, 1) for name, size in sizes.items()}
+    layers = sizes.get("layers")
+    num_kv_heads, head_dim = sizes["num_kv_heads"], sizes["head_dim"]
     if head_dim % 2:
         raise ValueError(f"`head_dim` must be even, got {head_dim}.")
     shape = tuple(sizes.values())

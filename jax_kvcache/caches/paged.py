@@ -5,14 +5,13 @@ from typing import Literal, Self
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
 
 from jax_kvcache.caches.base import CacheBase
 from jax_kvcache.caches.checks import check_caches, check_positions, empty_fields
 from jax_kvcache.caches.saturation import Saturation, shares_at_ends
 from jax_kvcache.export import register_dataclass_serialization
-from jax_kvcache.ops.checks import check_int32
+from jax_kvcache.ops.checks import check_int, check_int32
 from jax_kvcache.ops.explicit import automatically, spec_of
 from jax_kvcache.ops.indexing import take_one
 from jax_kvcache.ops.slots import (
@@ -202,9 +201,7 @@ def _slots(
     """What `slots_from_block_table` gives, with INT32_MAX for lost tokens if `keep_past`."""
     positions = check_int32("positions", positions, "B, S")
     block_table = check_int32("block_table", block_table, "B, M", (positions.shape[0], None))
-    if isinstance(block_size, bool) or not isinstance(block_size, int | np.integer):
-        raise TypeError(f"`block_size` must be an int, got {block_size!r}.")
-    block_size = int(block_size)
+    block_size = check_int("block_size", block_size)
     if not 1 <= block_size <= INT32_MAX:
         raise ValueError(f"`block_size` must be in [1, {INT32_MAX}], got {block_size}.")
     return block_table_slots(block_table, positions, block_size, keep_past=keep_past)

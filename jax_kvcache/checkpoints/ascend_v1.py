@@ -58,7 +58,7 @@ class AscendV1Format(Format):
         """Reads the description and compares it with the files' tensors.
 
         Raises:
-          CheckpointError: an entry or a tensor is unknown, or one has no other.
+          CheckpointError: an entry is unknown, an entry has no tensor, or a tensor has no entry.
         """
         super().__init__(files)
         path = folder / DESCRIPTION

@@ -6,6 +6,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from jax_kvcache.ops.checks import is_int
+
 Scales = dict[str, np.ndarray]  # scale_k, scale_v, and perhaps offsets: [L, Nkv, D] float32
 Shape = tuple[int, int, int]  # L, Nkv, D
 CACHE_PARAMS = ("scale_k", "scale_v", "offset_k", "offset_v")
@@ -74,7 +76,7 @@ def read_onnxruntime(
     heads = num_kv_heads if shape is None else shape[1]
     if heads is None:
         raise ValueError(f"`num_kv_heads` must be given, since '{path}' does not say it.")
-    if not isinstance(heads, int | np.integer) or heads < 1:
+    if not is_int(heads) or heads < 1:
         raise ValueError(f"`num_kv_heads` must be an int above 0, got {heads!r}.")
     if layers != list(range(len(layers))):
         raise ValueError(f"\"layer_ids\" of '{path}' must be 0, 1 and so on, got {layers}.")

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, get_args
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from jax_kvcache.checkpoints import kv_scale_files, kv_scale_folders
 from jax_kvcache.checkpoints.kv_scale_files import CACHE_PARAMS, Scales, Shape
 
 ScaleFormat = Literal["npz", "onnxruntime", "ascend_v1", "compressed_tensors"]
-FORMATS = ("npz", "onnxruntime", "ascend_v1", "compressed_tensors")
+FORMATS: tuple[ScaleFormat, ...] = get_args(ScaleFormat)
 FILES: dict[str, Callable[[Any, Scales], None]] = {
     "npz": kv_scale_files.write_npz,
     "onnxruntime": kv_scale_files.write_onnxruntime,
@@ -77,9 +77,10 @@ def write_kv_scales(
     Reading them back gives the same codes.
 
     Args:
-      path: a file, open or not, for "npz" and "onnxruntime"; else a folder, which is made and must
-        not exist or be empty. It holds the scales alone, named as in a model's folder: move its
-        tensors and the entries of its description there, or write the whole model with `save`.
+      path: a file, open or not, for "npz" and "onnxruntime"; else a new folder, which this
+        function makes, or an empty one. It gets the scales alone, named as in a model's folder:
+        move its tensors and the entries of its description there, or write the whole model with
+        `save`.
       scales: `scale_k` and `scale_v`, and `offset_k` and `offset_v` if there are offsets, as
         `KVCache.create` takes them: [L, Nkv, D].
       format: "npz" and "ascend_v1" hold everything. "onnxruntime" (onnxruntime-genai's JSON) holds

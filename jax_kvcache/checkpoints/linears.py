@@ -129,7 +129,7 @@ def fuse(attention: str, q: Linear, k: Linear, v: Linear) -> tuple[Linear, ...]:
     """q, k and v as one layer where they are of one kind; else as they are.
 
     Raises:
-      CheckpointError: they are quantised for inputs of different scales, although they have one.
+      CheckpointError: they have the same input, and the files give different scales for it.
     """
     parts = (q, k, v)
     if len({type(part) for part in parts}) > 1:

@@ -1,10 +1,12 @@
 """Reading a checkpoint folder: which format it is, and every tensor of every layer."""
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jax_kvcache.checkpoints import ascend_v1
@@ -12,6 +14,7 @@ from jax_kvcache.checkpoints.compressed_tensors import CompressedTensorsFormat
 from jax_kvcache.checkpoints.config import FolderConfig, read_config
 from jax_kvcache.checkpoints.errors import CheckpointError
 from jax_kvcache.checkpoints.json_files import read_json
+from jax_kvcache.checkpoints.kv_scales import read_kv_scales
 from jax_kvcache.checkpoints.linears import (
     FloatFormat,
     Format,
@@ -75,6 +78,29 @@ def load(
         else:
             source = FloatFormat(files, quantize == "w8a8")
         return _read_model(config, source, files)
+
+
+def with_scales(model: Model, scales: str | os.PathLike[str] | None) -> Model:
+    """The model with the cache's scales of a file or folder; as it is without one.
+
+    Files have K's channels in the order of the model's files, which partial rotary changes.
+
+    Raises:
+      OSError: the file cannot be read.
+      ValueError: see `read_kv_scales`.
+    """
+    if scales is None:
+        return model
+    config = model.config
+    shape = (config.n_layers, config.n_kv_heads, config.head_dim)
+    arrays = read_kv_scales(scales, shape=shape)
+    rotary = config.rope.rotary_dim(config.head_dim)
+    order = permute_for_rope(None, config.head_dim, rotary_dim=rotary).order
+    params = {
+        name: jnp.asarray(array[..., order] if name.endswith("_k") else array)
+        for name, array in arrays.items()
+    }
+    return dataclasses.replace(model, cache_params=params)
 
 
 def _check_format(path: Path, config: FolderConfig, described: bool, quantize: str | None) -> None:

@@ -63,14 +63,14 @@ class _Tensors:
 def save(model: Model, folder: str | os.PathLike[str]) -> None:
     """Writes a model as AscendV1: W8A8_DYNAMIC, W8A8 and FLOAT layers as they are, and a C8 cache.
 
-    `load` reads it back to the same logits. A tokenizer is not the model's: copy its files.
+    `load` reads it back to the same logits. A `Model` has no tokenizer: copy the files of yours.
 
     Args:
       model: see `load`; with `quantize="w8a8"` its linear layers are W8A8_DYNAMIC.
-      folder: made by this function; it must not exist or be empty.
+      folder: a new folder, which this function makes, or an empty one.
 
     Raises:
-      ValueError: the folder holds files, or a layer is of a kind that AscendV1 has not.
+      ValueError: the folder holds files, or a layer is of a kind that AscendV1 cannot hold.
       OSError: the folder cannot be written.
     """
     path = check_new_folder(folder)

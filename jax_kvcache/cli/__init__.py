@@ -9,7 +9,7 @@ import argparse
 import numpy as np
 
 from jax_kvcache import checkpoints
-from jax_kvcache.checkpoints.demo import with_scales
+from jax_kvcache.checkpoints.load import with_scales
 from jax_kvcache.checkpoints.tokenizer import Tokenizer
 from jax_kvcache.model import Model
 from jax_kvcache.model.evaluate import BATCH, Windows, cut_windows
@@ -44,7 +44,8 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--implementation",
         choices=("ffi", "xla"),
-        help="the operator's lowering (default: native where there is one, else xla)",
+        help="ffi demands the native target of the write, xla is the jax.numpy reference of the "
+        "write and of attention (default: native targets where they can run the call)",
     )
 
 

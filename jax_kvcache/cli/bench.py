@@ -8,14 +8,15 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 from jax_kvcache import backends
-from jax_kvcache.backends import library
+from jax_kvcache.backends import cuda, library
 from jax_kvcache.cli import CommandError, bench_ascend, bench_attention, bench_gpu, bench_steps
 from jax_kvcache.cli import bench_cases as cases
 from jax_kvcache.cli.bench_attention import ATTENTION_CASES, AttentionCase
 from jax_kvcache.cli.bench_table import table
 from jax_kvcache.cli.bench_timing import Contestant, Rounds
 from jax_kvcache.cli.output import figure_file
-from jax_kvcache.ops.dequant_rope_quant_kvcache.primitive import NAME
+from jax_kvcache.ops.decode_attention.primitive import NAME as ATTENTION
+from jax_kvcache.ops.dequant_rope_quant_kvcache.primitive import NAME as WRITE
 
 ROTATED_BYTES = 256 << 20  # several last-level caches: buffers this far apart come from memory
 CACHE_FACTOR = 16
@@ -26,28 +27,33 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Adds the command."""
     parser = subparsers.add_parser(
         "bench",
-        help="time of the operator on this CPU, beside an empty call and memcpy",
+        help="times of the write and of attention, beside what bounds them and other code",
         description="Medians of interleaved repeats, in microseconds per call, and of the ratios "
-        "within each repeat. ffi: the native "
-        "kernel. xla: the jax.numpy reference. obvious: jax.numpy code that writes rows of the "
-        "reshaped cache, which copies it. empty: a custom call with the same operands and results "
-        "that does nothing, the cost of any call. memcpy: the same call, copying N bytes on as "
+        "within each repeat. Of both operators: ffi is the native kernel, xla the jax.numpy "
+        "reference. Of the write: obvious is jax.numpy code that writes rows of the "
+        "reshaped cache, which copies it; empty a custom call with the same operands and results "
+        "that does nothing, the cost of any call; memcpy the same call, copying N bytes on as "
         "many threads as the kernel uses, N being what the operator reads and writes together; "
-        "half_memcpy: copies N/2, so that it reads and writes N together. ffi_16x: the kernel with "
-        "a cache 16 times larger. net: less the empty call. On an NVIDIA GPU instead: both "
-        "operators, native and by XLA, the native kernels' own time, and cuDNN's attention over a "
-        "bfloat16 cache.",
+        "half_memcpy copies N/2, so that it reads and writes N together; ffi_16x is the kernel "
+        "with a cache 16 times larger; net means less the empty call. Of attention: read is a "
+        "plain read of the codes in both caches; bfloat16 and float32 are "
+        "jax.nn.dot_product_attention over caches of these dtypes; step means the whole step of "
+        "one layer, the write and then attention, for each of these and for onnxruntime where it "
+        "is installed. On an NVIDIA GPU instead: fixed shapes of both operators, native and by "
+        "XLA, the kernels' own time, and cuDNN's attention over a bfloat16 cache.",
     )
     parser.add_argument(
         "--shape",
         nargs="+",
         metavar="NAME",
         choices=[*cases.CASES, *ATTENTION_CASES],
-        help=f"some of {', '.join([*cases.CASES, *ATTENTION_CASES])} (default: all)",
+        help=f"on CPUs, some of {', '.join([*cases.CASES, *ATTENTION_CASES])} (default: all)",
     )
     parser.add_argument("--rounds", type=int, default=15, help="repeats (default: 15)")
     parser.add_argument(
-        "--rotate", action="store_true", help="inputs from main memory, not from the CPU's caches"
+        "--rotate",
+        action="store_true",
+        help="inputs of the write from main memory, not from the CPU's caches",
     )
     parser.add_argument(
         "--ascend-host",
@@ -56,7 +62,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "stand-in device, with a CANN that does nothing",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--plot", metavar="FILE", help="write a bar chart")
+    parser.add_argument("--plot", metavar="FILE", help="write a bar chart; on CPUs only")
     parser.set_defaults(run=run)
 
 
@@ -115,6 +121,7 @@ def measure(case: cases.Case, rounds: int, rotate: bool = False, progress=None) 
         }
     us = times.microseconds
     return {
+        "operator": WRITE,
         "microseconds": us,
         "bytes": case.bytes_moved,
         "threads": library.worth_threads(case.bytes_per_native_call),
@@ -135,6 +142,7 @@ def measure_attention(case: AttentionCase, rounds: int, progress=None) -> dict:
     pairs += [("step ffi", n) for n in found if n.startswith("step ") and n != "step ffi"]
     us = times.microseconds
     return {
+        "operator": ATTENTION,
         "microseconds": us,
         "bytes": case.codes,
         "gigabytes_per_second": case.codes / us["ffi"] / 1e3,
@@ -147,12 +155,14 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.rounds < 1:
         raise CommandError(f"`--rounds` must be at least 1, got {arguments.rounds}.")
     if arguments.ascend_host:
+        _refuse_cpu_options(arguments, "`--ascend-host`")
         print(json.dumps({"ascend_host": bench_ascend.measure(arguments.rounds)}, indent=2))
         return
-    if jax.default_backend() == "gpu":
+    if jax.default_backend() == "gpu" and cuda.is_here():  # ROCm's GPUs report "gpu" too
+        _refuse_cpu_options(arguments, "a GPU")
         bench_gpu.report(arguments.rounds, arguments.json)
         return
-    if reason := backends.unavailable("cpu", NAME):
+    if reason := backends.unavailable("cpu", WRITE):
         raise CommandError(f"nothing to measure: {reason}.")
     if jax.default_backend() != "cpu":
         raise CommandError("the benchmark is of CPUs and NVIDIA GPUs: set JAX_PLATFORMS=cpu.")
@@ -162,6 +172,13 @@ def run(arguments: argparse.Namespace) -> None:
         if pyplot is not None:
             _plot(pyplot, report["shapes"])
     print(json.dumps(report, indent=2) if arguments.json else table(report))
+
+
+def _refuse_cpu_options(arguments: argparse.Namespace, where: str) -> None:
+    """Raises where an option is given that only the benchmark of a CPU has."""
+    given = {"--shape": arguments.shape, "--rotate": arguments.rotate, "--plot": arguments.plot}
+    if names := " and ".join(f"`{name}`" for name, value in given.items() if value):
+        raise CommandError(f"the benchmark of {where} does not take {names}: leave it out.")
 
 
 def _measure_all(arguments: argparse.Namespace) -> dict:

@@ -1,11 +1,16 @@
 """The benchmark's report as text: tables of times and of ratios."""
 
+from jax_kvcache.ops.decode_attention.primitive import NAME as ATTENTION
+from jax_kvcache.ops.dequant_rope_quant_kvcache.primitive import NAME as WRITE
+
 
 def table(report: dict) -> str:
     """Two tables with a row per shape of the write, times and ratios, and two of attention."""
     shapes = report["shapes"]
-    writes = {name: result for name, result in shapes.items() if "threads" in result}
-    reads = {name: result for name, result in shapes.items() if name not in writes}
+    writes, reads = (
+        {name: result for name, result in shapes.items() if result["operator"] == operator}
+        for operator in (WRITE, ATTENTION)
+    )
     unit, lines = f"microseconds per call, medians; {report['simd']}", []
     if writes:
         lines.append(f"{unit}; bytes moved, and the kernel's threads, GB/s and page faults")

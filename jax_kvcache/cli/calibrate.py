@@ -29,9 +29,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "calibrate",
         help="scales for a model's cache, from any text",
-        description="Reads the files in windows of 256 tokens, observes K (after RoPE) and V of "
-        "every channel, writes scales that `demo` and `eval` take with --scales, and prints what "
-        "they cost on the same text.",
+        description="Reads the files in windows of --window tokens, observes K (after RoPE) and V "
+        "of every channel, writes scales that `demo` and `eval` take with --scales, and prints "
+        "what they cost on the same text.",
     )
     parser.add_argument("files", nargs="+", metavar="FILE", help="any text; Python suits the model")
     parser.add_argument(

@@ -21,8 +21,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "eval",
         help="negative log-likelihood of files, with the int8 cache and with a float cache",
-        description="Reads each file in windows of 256 tokens that do not overlap, positions from "
-        "0, and prints one JSON line: the number of tokens predicted, and the mean negative "
+        description="Reads each file in windows of --window tokens that do not overlap, positions "
+        "from 0, and prints one JSON line: the number of tokens predicted, and the mean negative "
         "log-likelihood in nats per token with the int8 cache (null for a model without scales) "
         "and with a float cache. A last window of fewer than 2 tokens is dropped. The tokens of "
         "the package's own model are bytes.",

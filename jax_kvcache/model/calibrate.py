@@ -67,7 +67,7 @@ def own_calibrations(model) -> dict[str, Calibration]:
 
 
 class Prediction(NamedTuple):
-    """What a model predicted in windows of S bytes.
+    """What a model predicted in windows of S tokens.
 
     Attributes:
       nll: [B] mean negative log-likelihood of each window, nats per token.

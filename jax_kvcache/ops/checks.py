@@ -42,6 +42,25 @@ def check_shape(name, value, *allowed):
         raise ValueError(f"`{name}` must have shape {expected}, got {_shape(value.shape)}.")
 
 
+def is_int(value: Any) -> bool:
+    """Whether it is an int of Python or NumPy; a bool is none."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def check_int(name: str, value: Any, least: int | None = None) -> int:
+    """Returns `value` as Python's int, whose arithmetic does not overflow.
+
+    Raises:
+      TypeError: it is no int of Python or NumPy.
+      ValueError: it is below `least`.
+    """
+    if not is_int(value):
+        raise TypeError(f"`{name}` must be an int, got {value!r}.")
+    if least is not None and value < least:
+        raise ValueError(f"`{name}` must be at least {least}, got {value}.")
+    return int(value)
+
+
 def check_choice(name, value, choices):
     """Raises ValueError unless `value` is one of `choices`."""
     scalar = value is None or isinstance(value, str | bool | np.bool_)

@@ -48,7 +48,7 @@ class Choice(NamedTuple):
 def choose(operator: str, platform: str, operands: Any, asked: Implementation) -> Choice:
     """Decides what a platform runs; initialises no backend.
 
-    `None` takes the native target where there is one that takes the call, "ffi" demands it, "xla"
+    `None` takes the native target where there is one that can run the call, "ffi" demands it, "xla"
     is the reference anywhere. A target may say of a call that the reference is to be preferred.
 
     Args:

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-Axes = tuple[str, ...]  # the mesh axes of one dimension, major first; empty: not sharded
+from jax_kvcache.ops.slots import Axes
 
 
 @dataclasses.dataclass(frozen=True)

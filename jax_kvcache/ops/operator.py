@@ -165,9 +165,11 @@ def _native_call(
 ) -> list:
     """The custom call of a platform's native target.
 
-    XLA lays out a reshape that only adds or takes a dimension of size 1 (a table's head, the one
-    token of a sequence) with that dimension first, and then copies the array to name the same bytes
-    otherwise. To and from one dimension it does not; so what the tables call flat crosses flat.
+    Where a program adds or removes a dimension of size 1 by a reshape (for example the one token of
+    a sequence), XLA may choose a layout with that dimension first, and then copies the array to the
+    row-major layout that the call demands, although the bytes are in the same order. It does not do
+    so for arrays of one dimension. So operands and results that the tables mark as flat are
+    reshaped to one dimension before the call and back after it.
     """
     backend = backends.find(platform)
     assert backend is not None, "chosen above"

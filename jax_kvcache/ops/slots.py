@@ -17,7 +17,7 @@ from jax import lax
 INT32_MAX = 2**31 - 1
 _LARGEST_CONSTANT = 4096  # elements that are written into a program; a decoding step has fewer
 
-Axes = tuple[str, ...]
+Axes = tuple[str, ...]  # the mesh axes of one dimension, major first; empty: not sharded
 
 
 def _int32(size: Any) -> Any:
@@ -188,7 +188,7 @@ def unravel_in_bounds(slots: jax.Array, row_dims: Sequence[Any]) -> list[jax.Arr
 
 
 def axes_named(axis_name: Any) -> Axes:
-    """The mesh axes of an `axis_name` argument: None, one name, or several."""
+    """The mesh axes of an `axis_name` argument or a PartitionSpec's entry: None, one or several."""
     if axis_name is None:
         return ()
     return (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)

@@ -201,8 +201,9 @@ def enable_ascend_standin(
 ) -> Standin:
     """Makes a stand-in Ascend device JAX's default backend in this process.
 
-    Compiles the stand-in on first use (with g++, about 20 s). Sets this process's ASCEND_HOME_PATH
-    and forgets its other paths of CANN. The defaults are what the public plugin does.
+    Compiles the stand-in on first use (with g++, a few seconds). Sets this process's
+    ASCEND_HOME_PATH and forgets its other paths of CANN. The defaults are what the public plugin
+    does.
 
     Args:
       devices: how many devices it has.

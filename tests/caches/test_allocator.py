@@ -162,7 +162,7 @@ def refusals():
         "num_blocks": (lambda: BlockAllocator(0, 2), ValueError, "`num_blocks` must be at least 1"),
         "block_size": (lambda: BlockAllocator(2, 2.0), TypeError, "`block_size` .* got float"),
         "negative": (lambda: allocator.allocate(-1), ValueError, "`length` .* at least 0, got -1"),
-        "bool": (lambda: allocator.append(one, True), TypeError, "`tokens` must be an int, got bo"),
+        "bool": (lambda: allocator.append(one, True), TypeError, "`tokens` must be an int, got Tr"),
         "full": (lambda: allocator.append(one, 4), OutOfBlocksError, "2 blocks .* 1 of 4 are free"),
         "longer": (lambda: allocator.truncate(one, 6), ValueError, "at most 5, .* length, got 6"),
         "fork": (lambda: allocator.fork(one, 6), ValueError, "`length` must be at most 5"),

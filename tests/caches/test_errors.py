@@ -15,7 +15,7 @@ ONES = np.ones((Nkv, D), np.float32)
 
 CREATE = [
     ((0, 4, Nkv, D), {}, ValueError, "`batch` must be at least 1, got 0"),
-    ((1, 4.0, Nkv, D), {}, TypeError, "`length` must be an int, got float"),
+    ((1, 4.0, Nkv, D), {}, TypeError, "`length` must be an int, got 4.0"),
     ((1, 4, Nkv, D), {"layers": 0}, ValueError, "`layers` must be at least 1, got 0"),
     ((1, 4, Nkv, 15), {}, ValueError, "`head_dim` must be even, got 15"),
     ((1, 4, 4, D), {}, ValueError,

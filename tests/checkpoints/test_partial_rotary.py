@@ -8,7 +8,7 @@ from support.checkpoint_folder import Copy
 
 from jax_kvcache import checkpoints
 from jax_kvcache.__main__ import main
-from jax_kvcache.checkpoints.demo import with_scales
+from jax_kvcache.checkpoints.load import with_scales
 from jax_kvcache.model import forward_float
 
 

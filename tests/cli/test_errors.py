@@ -191,6 +191,26 @@ def test_bench_refuses_before_it_works(capsys, monkeypatch):
     assert "cannot write 'nope/x.png': No such file or directory" in error
 
 
+@pytest.mark.parametrize("where", ["a GPU", "`--ascend-host`"])
+@pytest.mark.parametrize("option", [["--shape", "documented"], ["--rotate"], ["--plot", "x.png"]])
+def test_bench_refuses_options_of_the_cpu_elsewhere(where, option, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "bench_gpu", None)
+    monkeypatch.setattr(bench, "bench_ascend", None)
+    if where == "a GPU":
+        monkeypatch.setattr(bench.jax, "default_backend", lambda: "gpu")
+        monkeypatch.setattr(bench.cuda, "is_here", lambda: True)
+        command = ["bench", *option]
+    else:
+        command = ["bench", "--ascend-host", *option]
+    error = error_of(command, capsys)
+    assert f"the benchmark of {where} does not take `{option[0]}`: leave it out." in error
+
+
+def test_bench_takes_no_other_gpu_for_nvidias(capsys, monkeypatch):
+    monkeypatch.setattr(bench.jax, "default_backend", lambda: "gpu")
+    assert "the benchmark is of CPUs and NVIDIA GPUs" in error_of(["bench"], capsys)
+
+
 def test_temperatures_beyond_float32(capsys):
     error = error_of(["demo", "--temperature", "1e39"], capsys)
     assert "`--temperature` must be 0 or more and finite in float32, got 1e+39" in error

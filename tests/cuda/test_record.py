@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from support import calls, hlo
-from support.internals import AttentionOperands, backends, cuda, library
+from support.internals import AttentionOperands, backends, compat, cuda, library
 
 from jax_kvcache import (
     KVCache,
@@ -63,6 +63,17 @@ def test_the_kernels_are_the_default(platform):
     assert explain_attention(q, cache, **call, platform=platform).implementation == "ffi"
     assert hlo.NATIVE_CALL in lowered(write(), **calls.arguments())
     assert ATTENTION_CALL in lowered(jax.jit(decode_attention), q, cache, **call)
+
+
+def test_another_makers_gpu_is_not_this_backend(monkeypatch):
+    monkeypatch.setattr(compat, "initialized_backends", lambda: {"cpu": "cpu", "rocm": "rocm"})
+    assert backends.find("gpu") is None
+    assert backends.find("cuda") is cuda.CUDA  # what is lowered for another machine
+    answer = explain(**calls.arguments(), platform="gpu")
+    assert answer.implementation == "xla"
+    assert "there is no native target for platform 'gpu'" in answer.reason
+    monkeypatch.setattr(compat, "initialized_backends", lambda: {"cuda": "cuda", "rocm": "rocm"})
+    assert backends.find("gpu") is cuda.CUDA
 
 
 def test_a_prefill_is_xlas_silently():

@@ -33,12 +33,26 @@ def refused(operands, message, results=None, kv_output=False, **options):
     assert "dequant_rope_quant_kvcache: `" in text
 
 
-def test_the_valid_calls_run():
-    for x_dtype in (jnp.int32, jnp.float16):
-        operands = valid(x_dtype)
-        for kv_output in (False, True):
-            results = native_calls.results_of(operands, kv_output)
-            native_calls.call(operands, results, kv_output=kv_output)
+@pytest.mark.parametrize("kv_output", [False, True])
+@pytest.mark.parametrize(("x_dtype", "y", "offset"), [(jnp.int32, 2, 1), (jnp.float16, 1, 0)])
+def test_the_valid_calls_run(x_dtype, y, offset, kv_output):
+    """Of ones: y is 1, or 1 * 1 * 1 plus the bias; rotating by cos = sin = 1 gives y - y, y + y."""
+    operands = valid(x_dtype)
+    results = native_calls.results_of(operands, kv_output)
+    q, k, v, k_cache, v_cache = map(
+        np.asarray, native_calls.call(operands, results, kv_output=kv_output)
+    )
+    rotated = np.repeat([0, 2 * y], 4)  # of D = 8
+    np.testing.assert_array_equal(q.reshape(2, 3, 2, 8), np.broadcast_to(rotated, (2, 3, 2, 8)))
+    if kv_output:
+        np.testing.assert_array_equal(k.reshape(2, 3, 8), np.broadcast_to(rotated, (2, 3, 8)))
+        np.testing.assert_array_equal(v, np.full(2 * 3 * 8, y))
+    np.testing.assert_array_equal(operands.slots, np.tile([1, 2, 3], (2, 1)))  # not row 0
+    rows = (2, 3, 1, 8)
+    np.testing.assert_array_equal(k_cache[:, 1:], np.broadcast_to(rotated + offset, rows))
+    np.testing.assert_array_equal(v_cache[:, 1:], np.full(rows, y + offset))
+    for cache in (k_cache, v_cache):
+        np.testing.assert_array_equal(cache[:, 0], np.ones((2, 1, 8)))
 
 
 def refused_with(name, shape, dtype, message):

@@ -1,7 +1,8 @@
-"""The operator's conformance suite: the cases that every implementation of it has to pass.
+"""The write's conformance suite: the cases that every implementation of it has to pass.
 
 `CASES` is the one list of them: the XLA reference and the native CPU kernel run it in
-tests/ops/dequant_rope_quant_kvcache/test_conformance.py, an Ascend device in
+tests/ops/dequant_rope_quant_kvcache/test_conformance.py, an NVIDIA GPU in
+tests/cuda/on_device/test_write.py, an Ascend device what it takes of it in
 tests/ascend/on_device/test_conformance.py.
 """
 

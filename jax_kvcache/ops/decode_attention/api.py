@@ -91,9 +91,11 @@ def decode_attention(
       sinks: [Nq] float32, one learned logit per query head that takes part in the softmax and has
         no value.
       return_lse: whether the log-sum-exp of the scores comes back too, for `merge_attention`.
-      implementation: None takes the platform's native target where there is one and it is the
-        faster, else XLA; "ffi" demands the native target and raises where there is none; "xla" is
-        the jax.numpy reference. `jax_kvcache.explain_attention` says which one a call gets.
+      implementation: None takes the platform's native target where there is one that can run the
+        call, else the jax.numpy reference, with a warning if there is one that cannot. On a GPU
+        the reference, which may call cuDNN, also runs every prefill (S > 16). "ffi" demands the
+        native target and raises where it cannot be had; "xla" is the reference anywhere.
+        `jax_kvcache.explain_attention` says which one a call gets, and why.
 
     Returns:
       [B, S, Nq, D] in the dtype of q. With `return_lse` a pair of that and lse, [B, S, Nq] float32:

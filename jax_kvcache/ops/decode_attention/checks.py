@@ -8,7 +8,14 @@ import numpy as np
 
 from jax_kvcache.caches import KVCache, PagedKVCache
 from jax_kvcache.caches.checks import check_caches
-from jax_kvcache.ops.checks import FLOAT32, FLOATS, check_array, check_int32, check_shape
+from jax_kvcache.ops.checks import (
+    FLOAT32,
+    FLOATS,
+    check_array,
+    check_int,
+    check_int32,
+    check_shape,
+)
 from jax_kvcache.ops.implementation import check_implementation
 
 
@@ -109,9 +116,7 @@ def _check_window(window: Any) -> int:
     """`window` as a number; 0 for None."""
     if window is None:
         return 0
-    if isinstance(window, bool) or not isinstance(window, int | np.integer):
-        raise TypeError(f"`window` must be an int, got {window!r}.")
-    if window < 1:
+    if check_int("window", window) < 1:
         raise ValueError(f"`window` must be at least 1, got {window}. None sees all rows.")
     return min(int(window), 2**31 - 1)
 

@@ -61,11 +61,6 @@ class Chunks:
                 blocks = max(min(target // R, entries), 1)
         return cls(batch, ops.blocks, ops.exists, ops.contiguous, R, blocks, parts, rows_read)
 
-    @property
-    def _span(self) -> Any:
-        """Rows from one chunk's first to the next one's, where a block is one chunk or less."""
-        return self.blocks * self.R
-
     def _place(self, step: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         """A step's first block, as wanted and moved back into the table; its first row likewise."""
         entries = jnp.asarray(self.exists.shape[1], jnp.int32)

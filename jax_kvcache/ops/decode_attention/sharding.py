@@ -15,8 +15,8 @@ from jax.sharding import PartitionSpec
 from jax_kvcache.mesh import Call, Sharding, axes_of, num_shards, real_axes
 from jax_kvcache.ops.decode_attention.merge import merge_over_axes
 from jax_kvcache.ops.decode_attention.reference import Operands, Results
-from jax_kvcache.ops.operands import Axes, absent, is_absent, match, partition_spec, table
-from jax_kvcache.ops.slots import shard_positions, shard_slots
+from jax_kvcache.ops.operands import absent, is_absent, match, partition_spec, table
+from jax_kvcache.ops.slots import Axes, shard_positions, shard_slots
 
 
 class Layout(NamedTuple):

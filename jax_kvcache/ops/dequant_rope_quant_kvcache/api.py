@@ -224,9 +224,10 @@ def dequant_rope_quant_kvcache(
       cache_mode: "contiguous" or "page".
       indices_mode: "drop", or "promise_in_bounds": the caller promises that every index is in
         range, which spares XLA the checks. Native kernels check always.
-      implementation: None takes the platform's native target where there is one, else XLA; "ffi"
-        demands the native target and raises where there is none; "xla" is the jax.numpy reference.
-        `jax_kvcache.explain` says which one a call gets, and why.
+      implementation: None takes the platform's native target where there is one that can run the
+        call, else the jax.numpy reference, with a warning if there is one that cannot; "ffi"
+        demands the native target and raises where it cannot be had; "xla" is the reference
+        anywhere. `jax_kvcache.explain` says which one a call gets, and why.
       num_q_heads: Nq, to be compared with the columns that x has; None takes what x has.
       qkv_shards: the `shards` that the columns of x were interleaved for; 1 is the plain order.
         None: the plain order, and inside `jax.shard_map` whatever x has.

@@ -4,7 +4,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from jax_kvcache.ops.checks import (
@@ -18,6 +17,7 @@ from jax_kvcache.ops.checks import (
     check_positive,
     check_row_count,
     check_shape,
+    is_int,
 )
 from jax_kvcache.ops.dequant_rope_quant_kvcache.columns import check_num_q_heads
 from jax_kvcache.ops.implementation import check_implementation
@@ -89,9 +89,7 @@ def check_splits(size_splits) -> tuple[int, ...]:
         splits = tuple(size_splits)
     except TypeError:
         splits = ()
-    if len(splits) != 3 or not all(
-        isinstance(s, int | np.integer) and not isinstance(s, bool) for s in splits
-    ):
+    if len(splits) != 3 or not all(map(is_int, splits)):
         raise TypeError(
             f"`size_splits` must be three ints (Nq*D, Nkv*D, Nkv*D), got {size_splits!r}."
         )

@@ -11,9 +11,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jax_kvcache._compat import varying_axes
+from jax_kvcache.ops.checks import check_int
 
 _FIX = (
     "Put the columns of the projection's weight, `weight_scale` and `bias` in order with "
@@ -99,16 +99,6 @@ def _products(sizes: Any) -> set[int]:
     }
 
 
-def check_number(name: str, value: Any) -> None:
-    """Raises unless it is None or an int of at least 1."""
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"`{name}` must be an int, got {value!r}.")
-    if value < 1:
-        raise ValueError(f"`{name}` must be at least 1, got {value}.")
-
-
 def check_num_q_heads(
     num_q_heads: int | None, total_q_heads: int | None, H: int, num_kv_heads: int, head_dim: int
 ) -> None:
@@ -121,8 +111,9 @@ def check_num_q_heads(
       num_kv_heads: Nkv.
       head_dim: D.
     """
-    check_number("num_q_heads", num_q_heads)
-    check_number("num_q_heads", total_q_heads)
+    for wanted in (num_q_heads, total_q_heads):
+        if wanted is not None:
+            check_int("num_q_heads", wanted, 1)
     got = H / head_dim - 2 * num_kv_heads
     shares, over = {1}, ""
     if total_q_heads is not None and (axes := manual_axes()):
@@ -155,7 +146,8 @@ def check_order(
     Raises:
       ValueError: `qkv_shards` is no number of devices that share the heads.
     """
-    check_number("qkv_shards", qkv_shards)
+    if qkv_shards is not None:
+        check_int("qkv_shards", qkv_shards, 1)
     axes = manual_axes()
     varying = {
         axis

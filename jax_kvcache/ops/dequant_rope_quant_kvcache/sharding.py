@@ -15,8 +15,8 @@ from jax.sharding import PartitionSpec
 
 from jax_kvcache.mesh import Call, Sharding, axes_of, move, num_shards, own_part, real_axes
 from jax_kvcache.ops.dequant_rope_quant_kvcache.reference import Operands, Results, write_rows
-from jax_kvcache.ops.operands import Axes, is_absent, partition_spec, table
-from jax_kvcache.ops.slots import shard_slots
+from jax_kvcache.ops.operands import is_absent, partition_spec, table
+from jax_kvcache.ops.slots import Axes, shard_slots
 
 
 class Layout(NamedTuple):
