@@ -160,7 +160,7 @@ def refusals():
     known = "`sequence` must be one that is allocated, got"
     return {
         "num_blocks": (lambda: BlockAllocator(0, 2), ValueError, "`num_blocks` must be at least 1"),
-        "block_size": (lambda: BlockAllocator(2, 2.0), TypeError, "`block_size` .* got float"),
+        "block_size": (lambda: BlockAllocator(2, 2.0), TypeError, "`block_size` .* got 2.0"),
         "negative": (lambda: allocator.allocate(-1), ValueError, "`length` .* at least 0, got -1"),
         "bool": (lambda: allocator.append(one, True), TypeError, "`tokens` must be an int, got Tr"),
         "full": (lambda: allocator.append(one, 4), OutOfBlocksError, "2 blocks .* 1 of 4 are free"),
