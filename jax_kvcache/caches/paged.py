@@ -147,9 +147,10 @@ class PagedKVCache(CacheBase):
             k_cache: jax.Array, v_cache: jax.Array, sources: jax.Array, destinations: jax.Array
         ) -> tuple[jax.Array, ...]:
             def copy_one(i: jax.Array, caches: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+                source, destination = take_one(sources, i), take_one(destinations, i)
                 return tuple(
-                    cache.at[*layers, destinations[i]].set(
-                        take_one(cache, sources[i], axis=len(layers)), mode="drop"
+                    cache.at[*layers, destination].set(
+                        take_one(cache, source, axis=len(layers)), mode="drop"
                     )
                     for cache in caches
                 )

@@ -1,4 +1,4 @@
-"""The benchmark's list of shapes, and arrays of these shapes."""
+"""The benchmark's shapes of the write: batches of common models, and inputs for them."""
 
 from typing import NamedTuple
 

@@ -178,7 +178,7 @@ def test_in_a_partly_manual_mesh(kind):
 def test_lowered_for_others_the_products_are_float32(kind, platform):
     """HIGHEST on both products: the default there is less. No transpose is asked of a cache."""
     q, cache, keywords = drawn(kind, B=2, rows=4096, block=32)
-    attend = jax.jit(functools.partial(decode_attention, **keywords))
+    attend = jax.jit(functools.partial(decode_attention, implementation="xla", **keywords))
     text = attend.trace(q, cache).lower(lowering_platforms=(platform,)).as_text()
     products = re.findall(r"stablehlo.dot_general.*", text)
     assert len(products) == 2
