@@ -37,9 +37,9 @@ if has clang-format "C++ format"; then
   find "${rooms[@]}" -name '*.h' -o -name '*.cc' -o -name '*.cu' | xargs clang-format --dry-run --Werror
 fi
 
-# Two generations are enough to see nvcc's warnings; the wheel has them all.
 linted=(core cpu ascend bench)
 if has nvcc "the CUDA kernels on nvcc, and the lint of cuda/"; then linted+=(cuda); fi
+# Two generations are enough to see nvcc's warnings; the wheel has them all.
 build release "-DCMAKE_CUDA_ARCHITECTURES=80-real;90-real"
 ctest --test-dir "$work/release" --output-on-failure --parallel 2
 expected=$(hash_of "$work/release/tests/${operator}_kernel_test")
