@@ -183,11 +183,9 @@ def add_checks(primitive: Primitive, findings: Callable[..., Iterable[Finding]])
     checkify.error_checks[primitive] = rule
 
 
-def cudnn_is_missing() -> str | None:
-    """Why cuDNN cannot be called from what this process lowers, or None when it can."""
-    if "cuda" not in initialized_backends().values() and "cuda" not in initialized_backends():
-        return "this process has no NVIDIA GPU"
-    return None if fused_attention.cuda_versions is not None else "JAX was built without cuDNN"
+def has_cudnn() -> bool:
+    """Whether JAX was built with cuDNN."""
+    return fused_attention.cuda_versions is not None
 
 
 def cudnn_attention(

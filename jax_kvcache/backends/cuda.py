@@ -18,6 +18,8 @@ from jax_kvcache.ops.operands import group_rank_of
 SHOWN_ON = "NVIDIA H100 80GB HBM3"
 """The cards on which `pytest -m cuda_device` passed."""
 
+NO_GPU = "this process has no NVIDIA GPU"
+
 HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
 """The attention kernel is compiled for these."""
 
@@ -63,7 +65,7 @@ def unavailable() -> str | None:
     if (reason := _not_built()) is not None:
         return reason
     if not is_here():
-        return "this process has no NVIDIA GPU"
+        return NO_GPU
     for device in jax.local_devices(backend="cuda"):
         if float(device.compute_capability) < _OLDEST_CAPABILITY:
             return (

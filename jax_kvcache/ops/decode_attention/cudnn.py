@@ -12,9 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_kvcache import _compat
-
-FEWEST_QUERIES = 17
-"""Of a sequence; fewer are a decode step, which reads the codes as they lie."""
+from jax_kvcache.backends import cuda
+from jax_kvcache.ops.decode_attention.merge import normalise
 
 _MOST_HEAD_DIM = 128
 _MULTIPLE = 128  # rows that are read together are a multiple of this
@@ -28,15 +27,18 @@ def refusal(operands: Any, options: Any) -> str | None:
     shapes = (*operands.q.shape, *operands.table.shape, *operands.k_cache.shape)
     if not all(isinstance(size, int) for size in shapes):
         return "the shapes are not known"
-    if queries < FEWEST_QUERIES:
-        return f"cuDNN is for S >= {FEWEST_QUERIES} queries per sequence, got S = {queries}"
+    if queries <= cuda.MAX_QUERIES:  # a decode step, which reads the codes as they lie
+        least = cuda.MAX_QUERIES + 1
+        return f"cuDNN is for S >= {least} queries per sequence, got S = {queries}"
     if operands.q.dtype != jnp.bfloat16:
         return f"cuDNN would compute in bfloat16, and q is {operands.q.dtype}"
     if head_dim > _MOST_HEAD_DIM or head_dim % 8:
         return f"cuDNN is for D <= {_MOST_HEAD_DIM} and a multiple of 8, got D = {head_dim}"
     if options.soft_cap:
         return "cuDNN has no soft cap"
-    return _compat.cudnn_is_missing()
+    if not cuda.is_here():
+        return cuda.NO_GPU
+    return None if _compat.has_cudnn() else "JAX was built without cuDNN"
 
 
 class Partial(NamedTuple):
@@ -96,8 +98,7 @@ def attend(
             step * size + jnp.arange(size, dtype=jnp.int32), (len(first), size)
         )
         lengths = jnp.clip(shared - step * size, 0, size)
-        part = call(*rows.read(numbers), (lengths > 0)[:, None] & sees, kv_lengths=lengths)
-        return part
+        return call(*rows.read(numbers), (lengths > 0)[:, None] & sees, kv_lengths=lengths)
 
     def masked(step: jax.Array, size: int) -> Partial:
         numbers = (begin + step * size)[:, None] + jnp.arange(size, dtype=jnp.int32)
@@ -112,16 +113,15 @@ def attend(
     total = lax.fori_loop(1, steps, lambda i, old: old.merged(masked(i, size)), total)
     if not options.window:
         size = rows.most_together()
-        steps = -(-shared.max(initial=0) // size)
         if rows.capacity <= size:
             total = total.merged(unmasked(jnp.int32(0), size))
         else:
+            steps = -(-shared.max(initial=0) // size)
             total = lax.fori_loop(0, steps, lambda i, old: old.merged(unmasked(i, size)), total)
     if ops.sinks is None:
         return total
-    sinks = jnp.broadcast_to(ops.sinks[:, None, :], total.lse.shape)
-    share = jnp.exp(total.lse - jnp.logaddexp(total.lse, sinks))
-    return total.out * share[..., None], total.lse
+    one = jnp.ones_like(total.lse)
+    return normalise(total.out, one, total.lse, ops.sinks[:, None, :]), total.lse
 
 
 class _Rows:
