@@ -201,6 +201,15 @@ def _lower(operator: Operator, primitive: Primitive, native: Primitive) -> None:
         with jax.named_scope(operator.name):
             return list(operator.reference(operator.operands(*operands), options, platform))
 
+    def reference_of_one_device(*operands, options, platform):
+        """The reference, with the results that `_native_call` has flat made flat for its reason."""
+        results = reference(*operands, options=options, platform=platform)
+        rows = table(operator.results).values()
+        return [
+            lax.optimization_barrier(r.reshape(-1)).reshape(r.shape) if row.flat else r
+            for row, r in zip(rows, results, strict=True)
+        ]
+
     def native_call(*operands, options, platform):
         types = _result_types(operator, list(map(jax.typeof, operands)), options)
         with jax.named_scope(operator.name):
@@ -212,7 +221,7 @@ def _lower(operator: Operator, primitive: Primitive, native: Primitive) -> None:
             platform = " and ".join(ctx.module_context.platforms)
         asked = options.implementation
         choice = choose(operator.name, platform, operator.operands(*ctx.avals_in), asked)
-        emit = native_call if choice.native else reference
+        emit = native_call if choice.native else reference_of_one_device
         if asked == "ffi" and not choice.native:
             raise NotImplementedError(f'`implementation="ffi"`: {choice.reason}.')
         if choice.surprising:

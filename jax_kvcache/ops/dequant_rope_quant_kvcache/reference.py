@@ -72,23 +72,41 @@ class WriteOptions(Options):
         return {"kv_output": self.kv_output}
 
 
+def _same(value, *, beside=None):
+    """`value`, behind integer operations that XLA and LLVM do not see through.
+
+    The bits are compared with a number that has all bits set but perhaps the last, and the smaller
+    one is kept.  So the bits stay as they are, but for one NaN that becomes another.
+
+    Args:
+      value: a float array.
+      beside: an array of the same shape and dtype; the result then depends on it for XLA.
+    """
+    dtype = jnp.dtype(f"uint{8 * value.dtype.itemsize}")
+    most = jnp.asarray(jnp.iinfo(dtype).max - 1, dtype)
+    if beside is not None:
+        most = lax.bitcast_convert_type(beside, dtype) | most
+    bits = lax.bitcast_convert_type(value, dtype)
+    return lax.bitcast_convert_type(jnp.minimum(bits, most), value.dtype)
+
+
 def _round(product):
-    """Keeps a float32 product from being fused or reassociated with what follows it.
+    """Keeps a product from being fused or reassociated with what follows it.
 
     XLA:CPU contracts a*b + c into a fused multiply-add and reassociates (a*b)*c, both of which
-    change bits.  It does not see through this select.
+    change bits.
     """
-    return jnp.where(product == product, product, jnp.full_like(product, jnp.nan))
+    return _same(product)
 
 
 def _divide(value, scale):
     """value / scale, correctly rounded.
 
-    XLA turns the division by a broadcast into a multiplication by reciprocals.  It does not see
-    the broadcast behind this select, which is fused; behind an optimisation barrier, the broadcast
-    would be an array in memory.
+    XLA turns the division by a broadcast into a multiplication by reciprocals.  It does not see the
+    broadcast in what depends on `value`, which is fused; behind an optimisation barrier, the
+    broadcast would be an array in memory.
     """
-    return value / jnp.where(value == value, scale, jnp.full_like(value, jnp.nan))
+    return value / _same(jnp.broadcast_to(scale, value.shape), beside=value)
 
 
 def dequantize(x, weight_scale, activation_scale, bias):
@@ -153,8 +171,11 @@ def quantize_int8(value, scale, offset):
     z = _divide(value.astype(jnp.float32), jnp.expand_dims(scale, -3))
     if offset is not None:
         z = z + jnp.expand_dims(offset, -3)
-    code = jnp.clip(lax.round(z, lax.RoundingMethod.TO_NEAREST_EVEN), -128.0, 127.0)
-    return jnp.where(z == z, code, jnp.zeros_like(code)).astype(jnp.int8)
+    z = lax.round(z, lax.RoundingMethod.TO_NEAREST_EVEN)
+    # Selections, because XLA:CPU's minimum and maximum take several instructions to pass NaN on.
+    code = jnp.where(z > -128.0, z, -128.0)
+    code = jnp.where(z < 127.0, code, 127.0)
+    return jnp.where(z == z, code, 0.0).astype(jnp.int8)
 
 
 def write_rows(cache, slots, rows, mode):
