@@ -199,7 +199,7 @@ def cudnn_attention(
 ) -> tuple[jax.Array, jax.Array]:
     """`jax.nn.dot_product_attention` by cuDNN, with its log-sum-exp as float32.
 
-    The public function rounds the log-sum-exp to q's dtype. In bfloat16 that is too coarse to merge
+    The public function rounds the log-sum-exp to q's dtype. In 16 bits that is too coarse to merge
     results by.
 
     Args:

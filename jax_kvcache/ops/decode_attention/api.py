@@ -65,8 +65,9 @@ def decode_attention(
     sequence sees. Beside the results it takes one chunk of K and V in float32 and its scores: about
     1 MB on a CPU and 256 MB elsewhere, and never less than 128 rows of each sequence take. Queries
     go in tiles of 256. Neither the cache nor a layer is dequantised, gathered or copied as a whole.
-    On an NVIDIA GPU more than 16 queries of bfloat16 go through cuDNN, over rows dequantised to
-    bfloat16, at most 256 MB of them; the results are about as exact as over a bfloat16 cache.
+    On an NVIDIA GPU more than 16 queries of bfloat16 go through cuDNN, over codes in float16: at
+    most 256 MB of them, or 128 rows of each sequence where that is more. The largest error is about
+    that of attention over a bfloat16 cache, or less.
 
     Under `jax.vmap` a cache that is not mapped is shared, not copied. Over several devices it is
     computed where the cache is: shard B (or the blocks) and the heads; sharded rows and blocks

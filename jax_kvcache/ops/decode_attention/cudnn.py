@@ -1,7 +1,16 @@
-"""Prefill on an NVIDIA GPU: cuDNN over rows of the cache in bfloat16, merged by log-sum-exp.
+"""Prefill on an NVIDIA GPU: cuDNN over rows of the cache in float16, merged by log-sum-exp.
 
-The results are those of attention over a bfloat16 cache of the exact values, cuDNN's rounding of
-the weights to bfloat16 included, so this is for bfloat16 queries alone.
+cuDNN rounds its operands, the weights of the softmax and the results of each call to one dtype. In
+bfloat16 the roundings of the calls that are merged, and that of the whole, would make a larger
+error than attention over a bfloat16 cache of the exact values has. In float16 they are an eighth of
+that, and the rounding of the whole to bfloat16 is most of the error. This is for bfloat16 queries
+alone: float16 is too coarse for float32, and for float16 the merged roundings count again.
+
+float16's range suffices because cuDNN reads codes: K's scale is multiplied into q, and V's into the
+results. Two limits remain. Weights below 2**-14 of a call's largest are rounded to multiples of
+2**-24 of it: beside a row that has nearly all the weight, the others count less exactly than in
+bfloat16. cuDNN masks a row by -2**15: a masked row counts if its score is about as much above the
+scores of the rows that the query sees.
 """
 
 from collections.abc import Callable
@@ -19,6 +28,8 @@ _MOST_HEAD_DIM = 128
 _MULTIPLE = 128  # rows that are read together are a multiple of this
 _MASKED_ROWS = 2048  # that are read together under a mask
 _BUDGET = 256 << 20  # bytes that the rows of K and V that are read together take
+_SAMPLE = 1024  # rows that the mean of V's codes is estimated from
+_DTYPE = jnp.float16  # of cuDNN's operands and results
 
 
 def refusal(operands: Any, options: Any) -> str | None:
@@ -31,7 +42,7 @@ def refusal(operands: Any, options: Any) -> str | None:
         least = cuda.MAX_QUERIES + 1
         return f"cuDNN is for S >= {least} queries per sequence, got S = {queries}"
     if operands.q.dtype != jnp.bfloat16:
-        return f"cuDNN would compute in bfloat16, and q is {operands.q.dtype}"
+        return f"cuDNN is for q in bfloat16, got {operands.q.dtype}"
     if head_dim > _MOST_HEAD_DIM or head_dim % 8:
         return f"cuDNN is for D <= {_MOST_HEAD_DIM} and a multiple of 8, got D = {head_dim}"
     if options.soft_cap:
@@ -64,6 +75,10 @@ def attend(
     The first rows of a sequence, which all of its queries see, need no mask. Of the others, the
     rows that its queries see differently, there are S where the queries are consecutive.
 
+    Beside q and the results, memory holds some rows of K and V in float16: 256 MB or 128 rows of
+    each sequence, whichever is more. Under a mask it holds at most 2,048 rows of each sequence, and
+    the mask as [B, S, 2048] float16.
+
     Args:
       ops: the reference's flat operands.
       options: the primitive's options.
@@ -74,11 +89,13 @@ def attend(
     """
     rows = _Rows(ops)
     queries = ops.q.shape[1]
+    q = _scaled_queries(ops, options.scale)
     positions = ops.positions
     sees = positions >= 0
     # Of the queries that see something, [B]:
     first = jnp.where(sees, positions, jnp.iinfo(jnp.int32).max - 1).min(axis=1)
     last = jnp.minimum(positions, rows.capacity - 1).max(axis=1)
+    centre = rows.mean_of_v(last)
     if options.window:
         shared = jnp.zeros_like(first)
         begin = jnp.clip(first - (options.window - 1), 0, rows.capacity)
@@ -86,9 +103,12 @@ def attend(
         shared = jnp.where(last >= 0, jnp.minimum(first + 1, rows.there()), 0)
         begin = shared
 
-    def call(k: jax.Array, v: jax.Array, seen: jax.Array, **keywords: Any) -> Partial:
-        """`seen` [B, S or 1]: whether a query sees any of these rows."""
-        out, lse = attention(ops.q, k, v, scale=options.scale, **keywords)
+    def call(numbers: jax.Array, seen: jax.Array, **keywords: Any) -> Partial:
+        """Attention over rows [B, c]; `seen` [B, S or 1]: whether a query sees any of them."""
+        k, v = rows.read(numbers)
+        # The results are then near zero, where rounding changes them less.
+        v = v - centre[:, None].astype(_DTYPE)
+        out, lse = attention(q, k, v, scale=1.0, **keywords)
         seen = seen[:, :, None]
         out = jnp.where(seen[..., None], out.astype(jnp.float32), 0.0)
         return Partial(out, jnp.where(seen, lse, -jnp.inf))
@@ -98,30 +118,59 @@ def attend(
             step * size + jnp.arange(size, dtype=jnp.int32), (len(first), size)
         )
         lengths = jnp.clip(shared - step * size, 0, size)
-        return call(*rows.read(numbers), (lengths > 0)[:, None] & sees, kv_lengths=lengths)
+        return call(numbers, (lengths > 0)[:, None] & sees, kv_lengths=lengths)
 
     def masked(step: jax.Array, size: int) -> Partial:
         numbers = (begin + step * size)[:, None] + jnp.arange(size, dtype=jnp.int32)
         seen = rows.exist(numbers)[:, None, :] & (numbers[:, None, :] <= positions[:, :, None])
         if options.window:
             seen = seen & (positions[:, :, None] - numbers[:, None, :] < options.window)
-        return call(*rows.read(numbers), seen.any(axis=2), mask=seen[:, None])
+        return call(numbers, seen.any(axis=2), mask=seen[:, None])
 
-    size = min(-(-queries // _MULTIPLE) * _MULTIPLE, _MASKED_ROWS)
-    steps = jnp.where(last >= 0, -(-(last + 1 - begin) // size), 0).max(initial=0)
-    total = masked(jnp.int32(0), size)
-    total = lax.fori_loop(1, steps, lambda i, old: old.merged(masked(i, size)), total)
-    if not options.window:
-        size = rows.most_together()
+    def over(
+        part: Callable[[jax.Array, int], Partial], size: int, end: jax.Array, total: Partial | None
+    ) -> Partial:
+        """Merges pieces of `size` rows: as many as `end` [B] rows need, and at least one."""
+        first = part(jnp.int32(0), size)
+        total = first if total is None else total.merged(first)
         if rows.capacity <= size:
-            total = total.merged(unmasked(jnp.int32(0), size))
-        else:
-            steps = -(-shared.max(initial=0) // size)
-            total = lax.fori_loop(0, steps, lambda i, old: old.merged(unmasked(i, size)), total)
-    if ops.sinks is None:
-        return total
-    one = jnp.ones_like(total.lse)
-    return normalise(total.out, one, total.lse, ops.sinks[:, None, :]), total.lse
+            return total
+        steps = -(-end.max(initial=0) // size)
+        return lax.fori_loop(1, steps, lambda i, old: old.merged(part(i, size)), total)
+
+    # The host waits for a loop's condition. The loop over the masked rows, which has no steps where
+    # up to 2,048 queries are consecutive, is last, so that all kernels before it are launched then.
+    total = None if options.window else over(unmasked, rows.most_together(), shared, None)
+    size = min(-(-queries // _MULTIPLE) * _MULTIPLE, _MASKED_ROWS)
+    total = over(masked, size, jnp.where(last >= 0, last + 1 - begin, 0), total)
+    return _values(ops, q, centre, total)
+
+
+def _of_queries(parameter: jax.Array, ops: Any) -> jax.Array:
+    """A parameter [B or 1, Nkv, D] for each query head: [B or 1, 1, Nq, D]."""
+    return jnp.repeat(parameter, ops.q.shape[-2] // parameter.shape[1], axis=1)[:, None]
+
+
+def _scaled_queries(ops: Any, scale: float) -> jax.Array:
+    """q such that its products with K's codes are scores; the largest finite number for more."""
+    most = float(jnp.finfo(_DTYPE).max)
+    q = ops.q.astype(jnp.float32) * (_of_queries(ops.scale_k, ops) * jnp.float32(scale))
+    return jnp.clip(q, -most, most).astype(_DTYPE)
+
+
+def _values(
+    ops: Any, q: jax.Array, centre: jax.Array, total: Partial
+) -> tuple[jax.Array, jax.Array]:
+    """out and lse of attention over K's codes and V's codes less `centre`."""
+    out, lse = total
+    middle = centre if ops.offset_v is None else centre - ops.offset_v
+    out = (out + _of_queries(middle, ops)) * _of_queries(ops.scale_v, ops)
+    out = jnp.where(lse[..., None] == -jnp.inf, 0.0, out)
+    if ops.offset_k is not None:  # which changes all scores of a query alike, and so no weight
+        lse = lse - (q.astype(jnp.float32) * _of_queries(ops.offset_k, ops)).sum(axis=-1)
+    if ops.sinks is not None:
+        out = normalise(out, jnp.ones_like(lse), lse, ops.sinks[:, None, :])
+    return out, lse
 
 
 class _Rows:
@@ -150,20 +199,17 @@ class _Rows:
         block = numbers // self._block_rows
         return jnp.take_along_axis(self._ops.exists, block, axis=1, mode="fill", fill_value=False)
 
+    def mean_of_v(self, last: jax.Array) -> jax.Array:
+        """The mean of V's codes, from some of the rows up to `last` [B]: whole, [B, Nkv, D]."""
+        count = jnp.maximum(last + 1, 1)[:, None]
+        some = jnp.arange(_SAMPLE, dtype=jnp.int32) * jnp.maximum(count // _SAMPLE, 1) % count
+        return jnp.round(self.read(some)[1].astype(jnp.float32).mean(axis=1))
+
     def read(self, numbers: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Rows [B, c] of K and of V, dequantised: [B, c, Nkv, D] in q's dtype."""
+        """The codes of rows [B, c] of K and of V: [B, c, Nkv, D]."""
         ops = self._ops
         block = numbers // self._block_rows
         place = tuple(jnp.take_along_axis(n, block, axis=1, mode="clip") for n in ops.blocks)
         place += (numbers % self._block_rows,)
-
-        def values(codes: jax.Array, scale: jax.Array, offset: jax.Array | None) -> jax.Array:
-            rows = codes.at[place].get(mode="clip").astype(jnp.float32)
-            if offset is not None:
-                rows = rows - offset[:, None]
-            return (rows * scale[:, None]).astype(ops.q.dtype)
-
-        return (
-            values(ops.k_cache, ops.scale_k, ops.offset_k),
-            values(ops.v_cache, ops.scale_v, ops.offset_v),
-        )
+        k, v = (codes.at[place].get(mode="clip") for codes in (ops.k_cache, ops.v_cache))
+        return k.astype(_DTYPE), v.astype(_DTYPE)

@@ -58,7 +58,7 @@ def explain_attention(
     answer = explain_choice(NAME, platform, operands, implementation)
     if answer.implementation == "xla" and answer.platform in ("cuda", "gpu"):
         reason = cudnn.refusal(operands, options)
-        how = "by cuDNN in bfloat16" if reason is None else f"not by cuDNN: {reason}"
+        how = "by cuDNN in float16" if reason is None else f"not by cuDNN: {reason}"
         return answer._replace(reason=f"{answer.reason}; {how}")
     mesh = mesh_of([jax.typeof(q)]) if isinstance(q, jax.Array) else None
     if answer.implementation == "ffi" and mesh is not None and not mesh.empty:

@@ -1,8 +1,9 @@
-"""The prefill that calls cuDNN, with XLA in cuDNN's place: which rows each query sees, and merging.
+"""The prefill that calls cuDNN, with XLA in cuDNN's place: rows seen, merging, and the error.
 
 tests/cuda/on_device/test_prefill.py calls cuDNN itself.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -28,18 +29,28 @@ TAKEN = {
 
 
 def in_xla(q, k, v, *, scale, mask=None, kv_lengths=None):
-    """What `_compat.cudnn_attention` computes; a query that sees nothing gets any numbers."""
-    k, v = (jnp.repeat(a, q.shape[2] // a.shape[2], axis=2) for a in (k, v))
-    scores = jnp.einsum("bsnd,bcnd->bsnc", q, k, precision="highest") * scale
+    """What `_compat.cudnn_attention` computes; a query that sees nothing gets any numbers.
+
+    As in cuDNN, the weights and the results are rounded to q's dtype, all else is float32, and a
+    mask is a number that is added to the scores.
+    """
+    dtype = q.dtype
+    assert k.dtype == v.dtype == dtype
+    unseen = -(2.0**15) if dtype == jnp.float16 else -(2.0**41)
+    k, v = (jnp.repeat(a, q.shape[2] // a.shape[2], axis=2).astype(jnp.float32) for a in (k, v))
+    scores = jnp.einsum("bsnd,bcnd->bsnc", q.astype(jnp.float32), k, precision="highest") * scale
     if mask is not None:
         assert mask.shape == (q.shape[0], 1, q.shape[1], k.shape[1])
-        scores = jnp.where(mask.transpose(0, 2, 1, 3), scores, -1e30)
+        scores = scores + jnp.where(mask.transpose(0, 2, 1, 3), 0.0, unseen)
     if kv_lengths is not None:
         seen = jnp.arange(k.shape[1]) < kv_lengths[:, None]
         scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1)
-    out = jnp.einsum("bsnc,bcnd->bsnd", weights, v, precision="highest")
-    return out, jax.nn.logsumexp(scores, axis=-1)
+    peak = scores.max(axis=-1, keepdims=True)
+    weights = jnp.exp(scores - peak)
+    total = weights.sum(axis=-1)
+    weights = weights.astype(dtype).astype(jnp.float32)
+    out = jnp.einsum("bsnc,bcnd->bsnd", weights, v, precision="highest") / total[..., None]
+    return out.astype(dtype), peak[..., 0] + jnp.log(total)
 
 
 def canonical(q, cache, keywords):
@@ -55,14 +66,24 @@ def in_place_of_cudnn(monkeypatch):
     monkeypatch.setattr(compat, "cudnn_attention", in_xla)
 
 
+@pytest.fixture
+def in_float32(in_place_of_cudnn, monkeypatch):
+    """What is not cuDNN's rounding must be as exact as the operator promises."""
+    monkeypatch.setattr(cudnn, "_DTYPE", jnp.float32)
+
+
+def attend(operands, options):
+    run = attention_reference.decode_attention_reference
+    return jax.jit(functools.partial(run, options=options, platform="cuda"))(operands)
+
+
 def check(call, consecutive):
     q, cache, keywords = call.draw()
     if consecutive:
         first = np.array([max(call.rows - call.S, 0), 0, 5][: call.B], np.int32)
         keywords["positions"] = first[:, None] + np.arange(call.S, dtype=np.int32)
     operands, options = canonical(q, cache, keywords)
-    run = attention_reference.decode_attention_reference
-    out, lse = jax.jit(functools.partial(run, options=options, platform="cuda"))(operands)
+    out, lse = attend(operands, options)
     expected, expected_lse, score, value = attention.in_float64(q, cache, **keywords)
     attention.assert_close(out, expected, value, score)
     seen = np.isfinite(expected_lse)
@@ -73,20 +94,56 @@ def check(call, consecutive):
 
 @pytest.mark.parametrize("consecutive", [False, True])
 @pytest.mark.parametrize("name", PROMPTS)
-def test_equals_float64(name, consecutive, in_place_of_cudnn):
+def test_equals_float64(name, consecutive, in_float32):
     check(PROMPTS[name], consecutive)
 
 
 @pytest.mark.parametrize("name", TAKEN)
-def test_equals_float64_in_small_pieces(name, in_place_of_cudnn, monkeypatch):
+def test_equals_float64_in_small_pieces(name, in_float32, monkeypatch):
     for number, size in (("_MULTIPLE", 8), ("_MASKED_ROWS", 16), ("_BUDGET", 1)):
         monkeypatch.setattr(cudnn, number, size)
     check(TAKEN[name], consecutive=name in PROMPTS)
 
 
+PROMPT = Call(B=1, S=96, D=64, rows=1100, q_size=0.2, spread=8.0, dtype=BF16)
+INEXACT = {
+    "mean of V near zero": PROMPT,
+    "codes of one sign": PROMPT._replace(spread=1.0),
+    "offsets": PROMPT._replace(offset=100.0),
+    "few rows count": PROMPT._replace(q_size=1.0, offset=9.0),
+    "all rows count alike": PROMPT._replace(q_size=0.001),
+    "the whole prompt": PROMPT._replace(rows=96),
+}
+
+
+@pytest.mark.parametrize("pieces", ["large pieces", "small pieces"])
+@pytest.mark.parametrize("name", INEXACT)
+def test_no_worse_than_one_call_over_bfloat16(name, pieces, in_place_of_cudnn, monkeypatch):
+    """The largest and the mean error are at most those of cuDNN over a bfloat16 cache."""
+    if pieces == "small pieces":
+        monkeypatch.setattr(cudnn, "_BUDGET", 1)
+    call = INEXACT[name]
+    for seed in range(4):
+        q, cache, keywords = call.draw(seed)
+        if name == "codes of one sign":
+            cache = dataclasses.replace(cache, v_cache=cache.v_cache // 8 + 90)
+        keywords["positions"] = np.arange(call.rows - call.S, call.rows, dtype=np.int32)[None]
+        ours, lse = attend(*canonical(q, cache, keywords))
+        k, v = (a.astype(BF16) for a in cache.dequantize())
+        mask = (np.arange(call.rows) <= keywords["positions"][..., None])[:, None]
+        theirs, their_lse = in_xla(q, k, v, scale=call.D**-0.5, mask=mask)
+        assert ours.dtype == theirs.dtype == jnp.bfloat16
+        expected, expected_lse, _, _ = attention.in_float64(q, cache, **keywords)
+        ours, theirs = (np.abs(np.asarray(a, np.float64) - expected) for a in (ours, theirs))
+        assert ours.max() <= theirs.max()
+        assert (ours**2).mean() <= (theirs**2).mean()
+        lse, their_lse = (np.abs(np.asarray(a) - expected_lse).max() for a in (lse, their_lse))
+        assert lse <= their_lse + 1e-5
+
+
 REFUSED = {
     "cuDNN is for S >= 17 queries per sequence, got S = 16": Call(S=16, D=64, dtype=BF16),
-    "cuDNN would compute in bfloat16, and q is float32": Call(S=17, D=64),
+    "cuDNN is for q in bfloat16, got float32": Call(S=17, D=64),
     "cuDNN is for D <= 128 and a multiple of 8, got D = 192": Call(S=17, D=192, dtype=BF16),
     "cuDNN is for D <= 128 and a multiple of 8, got D = 68": Call(S=17, D=68, dtype=BF16),
     "cuDNN has no soft cap": Call(S=17, D=64, soft_cap=3.0, dtype=BF16),
