@@ -202,12 +202,20 @@ def _lower(operator: Operator, primitive: Primitive, native: Primitive) -> None:
             return list(operator.reference(operator.operands(*operands), options, platform))
 
     def reference_of_one_device(*operands, options, platform):
-        """The reference, with the results that `_native_call` has flat made flat for its reason."""
+        """The reference, whose flat results are flattened too, for the reason in `_native_call`.
+
+        The inner barrier keeps the computation in its own shape: XLA:CPU does not use vectors where
+        it has to work out several dimensions from one.
+        """
+
+        def flat(result):
+            result = lax.optimization_barrier(result).reshape(-1)
+            return lax.optimization_barrier(result)
+
         results = reference(*operands, options=options, platform=platform)
-        rows = table(operator.results).values()
         return [
-            lax.optimization_barrier(r.reshape(-1)).reshape(r.shape) if row.flat else r
-            for row, r in zip(rows, results, strict=True)
+            flat(result).reshape(result.shape) if row.flat else result
+            for row, result in zip(table(operator.results).values(), results, strict=True)
         ]
 
     def native_call(*operands, options, platform):

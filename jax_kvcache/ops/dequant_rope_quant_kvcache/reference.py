@@ -93,8 +93,8 @@ def _same(value, *, beside=None):
 def _round(product):
     """Keeps a product from being fused or reassociated with what follows it.
 
-    XLA:CPU contracts a*b + c into a fused multiply-add and reassociates (a*b)*c, both of which
-    change bits.
+    XLA:CPU contracts a*b + c into a fused multiply-add and reassociates (a*b)*c where b or c is one
+    constant, both of which change bits.
     """
     return _same(product)
 

@@ -22,13 +22,22 @@ def test_rope_float32_products_are_not_fused():
     assert_same_bits(np.concatenate(halves, axis=-1), expected)
 
 
-def test_dequantize_products_are_not_reassociated_or_fused():
+def test_dequantize_products_are_not_fused():
     rng = np.random.default_rng(1)
     x = rng.integers(-(2**31), 2**31, (64, 512)).astype(np.int32)
     weight_scale, bias = rng.uniform(1e-9, 1e-8, (2, 512)).astype(F32)
     activation_scale = rng.uniform(0.5, 2, 64).astype(F32)
     expected = x.astype(F32) * weight_scale * activation_scale[:, None] + bias
     actual = jax.jit(reference.dequantize)(x, weight_scale, activation_scale, bias)
+    assert_same_bits(actual, expected)
+
+
+def test_uniform_scales_are_not_multiplied_first():
+    """XLA reassociates a product with two scalars, which two uniform constant arrays become."""
+    x = np.random.default_rng(2).integers(-(2**31), 2**31, (64, 512)).astype(np.int32)
+    weight_scale, activation_scale = np.full(512, 3e-5, F32), np.full(64, 0.7, F32)
+    expected = x.astype(F32) * weight_scale * activation_scale[:, None]
+    actual = jax.jit(lambda x: reference.dequantize(x, weight_scale, activation_scale, None))(x)
     assert_same_bits(actual, expected)
 
 
