@@ -231,8 +231,7 @@ class PartWalk {
 
   template <int N>
   JAX_KVCACHE_INLINE void StoreHalves(const Halves<Floats<N>>& value, Table* to) const {
-    Store<N>(value.low, to);
-    Store<N>(value.high, to + half_dim_);
+    StoreTwo<N>(value.low, value.high, to, to + half_dim_);
   }
 
   const Shape& shape_;

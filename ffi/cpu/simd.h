@@ -47,6 +47,26 @@ JAX_KVCACHE_INLINE void Store(Floats<N> value, BFloat* to) {
   std::memcpy(to, &bits, sizeof(bits));
 }
 
+// Stores N float32 values at each of two places, as Store does.
+template <int N, typename T>
+JAX_KVCACHE_INLINE void StoreTwo(Floats<N> low, Floats<N> high, T* to_low, T* to_high) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  if constexpr (N == 8 && std::is_same_v<T, BFloat>) {
+    // Narrowed together, in fewer instructions than apart.
+    const __m256i words = _mm256_packus_epi32(BitCast<__m256i>(ToWideBFloatBits<N>(low)),
+                                              BitCast<__m256i>(ToWideBFloatBits<N>(high)));
+    const __m256i ordered = _mm256_permute4x64_epi64(words, 0b11011000);
+    const __m128i halves[2] = {_mm256_castsi256_si128(ordered),
+                               _mm256_extracti128_si256(ordered, 1)};
+    std::memcpy(to_low, &halves[0], sizeof(halves[0]));
+    std::memcpy(to_high, &halves[1], sizeof(halves[1]));
+    return;
+  }
+#endif
+  Store<N>(low, to_low);
+  Store<N>(high, to_high);
+}
+
 // The value rounded to the type T, as float32.
 template <typename T, int N>
 JAX_KVCACHE_INLINE Floats<N> RoundTo(Floats<N> value) {

@@ -95,12 +95,16 @@ JAX_KVCACHE_INLINE Floats<N> FromBFloatBits(Shorts<N> bfloat) {
   return BitCast<Floats<N>>(Widen<N>(bfloat) << 16);
 }
 template <int N>
-JAX_KVCACHE_INLINE Shorts<N> ToBFloatBits(Floats<N> value) {
+JAX_KVCACHE_INLINE UInts<N> ToWideBFloatBits(Floats<N> value) {
   const UInts<N> bits = BitCast<UInts<N>>(value);
-  const UInts<N> rounded = (bits + (0x7FFFU + ((bits >> 16) & 1U))) >> 16;
-  // For a NaN, the carry of the sum could change the exponent, so its result is chosen separately.
+  const UInts<N> sum = bits + (0x7FFFU + ((bits >> 16) & 1U));
+  // For a NaN, the carry of the sum could change the exponent. With all bits set it stays a NaN.
   const UInts<N> nan = BitCast<UInts<N>>(value != value);
-  return Narrow<N>(Select<N>(nan, UInts<N>{} + 0x7FC0U, rounded));
+  return (sum | nan) >> 16;
+}
+template <int N>
+JAX_KVCACHE_INLINE Shorts<N> ToBFloatBits(Floats<N> value) {
+  return Narrow<N>(ToWideBFloatBits<N>(value));
 }
 
 // clip(rint(z), -128, 127), halves to even, and 0 for NaN.
