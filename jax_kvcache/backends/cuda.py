@@ -4,6 +4,7 @@ The kernels are in the native library where it was built with an nvcc. `ffi/CUDA
 run on a GPU and how to show it.
 """
 
+import ctypes
 import math
 from typing import Any
 
@@ -60,12 +61,35 @@ def is_here() -> bool:
     return "cuda" in backends or "cuda" in backends.values()
 
 
+def _versions() -> tuple[int, int]:
+    """The CUDA versions that the driver knows and that the library was built with.
+
+    Each is 1000 * major + 10 * minor; the driver's is 0 where there is none.
+    """
+    driver, built = ctypes.c_int(), ctypes.c_int()
+    library.symbol("jax_kvcache_cuda_versions")(ctypes.byref(driver), ctypes.byref(built))
+    return driver.value, built.value
+
+
+def _old_driver() -> str | None:
+    """Why the GPU's driver cannot run the kernels, or None: it must know their major version."""
+    driver, built = (divmod(version // 10, 100) for version in _versions())
+    if driver[0] >= built[0]:
+        return None
+    return (
+        f"the kernels were built with CUDA {built[0]}.{built[1]}, and the GPU's driver knows "
+        f"CUDA {driver[0]}.{driver[1]}: install a newer driver, or build with CUDA {driver[0]}"
+    )
+
+
 def unavailable() -> str | None:
     """Why the kernels cannot run in this process, or None when they can."""
     if (reason := _not_built()) is not None:
         return reason
     if not is_here():
         return NO_GPU
+    if (reason := _old_driver()) is not None:
+        return reason
     for device in jax.local_devices(backend="cuda"):
         if float(device.compute_capability) < _OLDEST_CAPABILITY:
             return (

@@ -96,6 +96,7 @@ class Device(NamedTuple):
 def test_an_old_card(monkeypatch):
     monkeypatch.setattr(cuda, "is_here", lambda: True)
     monkeypatch.setattr(cuda, "_not_built", lambda: None)
+    monkeypatch.setattr(cuda, "_versions", lambda: (13000, 13000))
     monkeypatch.setattr(jax, "local_devices", lambda backend: [Device("9.0"), Device("7.5")])
     assert cuda.unavailable() == (
         "the kernels need compute capability 8.0 or newer, and Tesla T4 has 7.5"
@@ -230,3 +231,23 @@ def test_without_a_gpu_it_is_not_available():
         "the native library was built without CUDA, because no nvcc was found",
     )
     assert library.missing() is None
+
+
+@pytest.mark.skipif(cuda.report()["kernels"] != "built", reason="built without CUDA")
+def test_versions_are_those_of_cuda():
+    driver, built = cuda._versions()
+    assert 12000 <= built < 20000
+    assert driver == 0 or 11000 <= driver < 20000  # 0: this machine has no driver
+
+
+@pytest.mark.parametrize("driver, reason", [(12080, True), (13000, False), (13020, False)])
+def test_a_driver_older_than_the_kernels(driver, reason, monkeypatch):
+    monkeypatch.setattr(cuda, "_versions", lambda: (driver, 13010))
+    monkeypatch.setattr(cuda, "_not_built", lambda: None)
+    monkeypatch.setattr(cuda, "is_here", lambda: True)
+    monkeypatch.setattr(jax, "local_devices", lambda backend: [])
+    expected = (
+        "the kernels were built with CUDA 13.1, and the GPU's driver knows CUDA 12.8: "
+        "install a newer driver, or build with CUDA 12"
+    )
+    assert cuda.unavailable() == (expected if reason else None)

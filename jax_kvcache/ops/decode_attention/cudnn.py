@@ -152,10 +152,10 @@ def _of_queries(parameter: jax.Array, ops: Any) -> jax.Array:
 
 
 def _scaled_queries(ops: Any, scale: float) -> jax.Array:
-    """q such that its products with K's codes are scores; the largest finite number for more."""
+    """q such that its products with K's codes are scores; of finite ones, the nearest there is."""
     most = float(jnp.finfo(_DTYPE).max)
     q = ops.q.astype(jnp.float32) * (_of_queries(ops.scale_k, ops) * jnp.float32(scale))
-    return jnp.clip(q, -most, most).astype(_DTYPE)
+    return jnp.where(jnp.isfinite(q), jnp.clip(q, -most, most), q).astype(_DTYPE)
 
 
 def _values(

@@ -141,6 +141,16 @@ def test_no_worse_than_one_call_over_bfloat16(name, pieces, in_place_of_cudnn, m
         assert lse <= their_lse + 1e-5
 
 
+def test_what_is_not_finite_stays_in_its_query(in_place_of_cudnn):
+    q, cache, keywords = PROMPT.draw()
+    keywords["positions"] = np.arange(1004, 1100, dtype=np.int32)[None]
+    expected, _ = attend(*canonical(q, cache, keywords))
+    for bad in (np.nan, np.inf, -np.inf):
+        out, lse = attend(*canonical(q.at[0, 7, 1, 3].set(bad), cache, keywords))
+        assert np.isnan(np.asarray(out, np.float32)[0, 7, 1]).all() and np.isnan(lse[0, 7, 1])
+        np.testing.assert_array_equal(out.at[0, 7, 1].set(0), expected.at[0, 7, 1].set(0))
+
+
 REFUSED = {
     "cuDNN is for S >= 17 queries per sequence, got S = 16": Call(S=16, D=64, dtype=BF16),
     "cuDNN is for q in bfloat16, got float32": Call(S=17, D=64),
