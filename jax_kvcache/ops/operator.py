@@ -202,21 +202,13 @@ def _lower(operator: Operator, primitive: Primitive, native: Primitive) -> None:
             return list(operator.reference(operator.operands(*operands), options, platform))
 
     def reference_of_one_device(*operands, options, platform):
-        """The reference, whose flat results are flattened too, for the reason in `_native_call`.
-
-        The inner barrier keeps the computation in its own shape: XLA:CPU does not use vectors where
-        it has to work out several dimensions from one.
-        """
-
-        def flat(result):
-            result = lax.optimization_barrier(result).reshape(-1)
-            return lax.optimization_barrier(result)
-
-        results = reference(*operands, options=options, platform=platform)
-        return [
-            flat(result).reshape(result.shape) if row.flat else result
-            for row, result in zip(table(operator.results).values(), results, strict=True)
-        ]
+        """The reference, whose flat results are flattened too, for the reason in `_native_call`."""
+        results = list(reference(*operands, options=options, platform=platform))
+        for i, row in enumerate(table(operator.results).values()):
+            if row.flat:  # computed in its own shape: working out its indices is slow on CPU
+                flat = lax.optimization_barrier(lax.optimization_barrier(results[i]).reshape(-1))
+                results[i] = flat.reshape(results[i].shape)
+        return results
 
     def native_call(*operands, options, platform):
         types = _result_types(operator, list(map(jax.typeof, operands)), options)

@@ -1,8 +1,8 @@
 """All slot arithmetic: from positions and indices to flat row numbers that are safe to follow.
 
 A slot is the int32 number of a row in a slot space of so many rows; a number outside [0, rows)
-names no row, and its token is skipped. Slots move between spaces through `rebase`, and to a device's
-own rows through `shard_slots`, so that one sequence's, layer's or device's slot never becomes
+names no row, and its token is skipped. Slots move between spaces through `rebase`, and to those of
+a device through `shard_slots`, so that one sequence's, layer's or device's slot never becomes
 another's.
 """
 

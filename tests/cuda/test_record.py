@@ -240,7 +240,7 @@ def test_versions_are_those_of_cuda():
     assert driver == 0 or 11000 <= driver < 20000  # 0: this machine has no driver
 
 
-@pytest.mark.parametrize("driver, reason", [(12080, True), (13000, False), (13020, False)])
+@pytest.mark.parametrize(("driver", "reason"), [(12080, True), (13000, False), (13020, False)])
 def test_a_driver_older_than_the_kernels(driver, reason, monkeypatch):
     monkeypatch.setattr(cuda, "_versions", lambda: (driver, 13010))
     monkeypatch.setattr(cuda, "_not_built", lambda: None)
