@@ -71,7 +71,8 @@ def decode_attention(
     Under `jax.vmap` a cache that is not mapped is shared, not copied. Over several devices it is
     computed where the cache is: shard B (or the blocks) and the heads; sharded rows and blocks
     merge by the log-sum-exp, with one maximum and one sum. Inside `jax.shard_map`, `axis_name` does
-    that.
+    that. `jax.jvp` gives derivatives by q, the scales, the offsets and the sinks, in all these
+    places: the result is this call's, its derivative the reference's. There is no reverse mode.
 
     Args:
       q: [B, S, Nq, D] float16, bfloat16 or float32, the operator's q; Nq is a multiple of Nkv.

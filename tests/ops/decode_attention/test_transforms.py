@@ -96,11 +96,12 @@ def test_nested_vmap(kind, implementation):
 
 @each_kind
 def test_derivatives_are_those_of_the_formula(kind):
-    """Forward mode, by q, against differences of attention in float64."""
+    """Forward mode, by q, against differences of attention in float64; same result as without."""
     q, cache, keywords = drawn(kind, offset=3.0)
     tangent = jnp.asarray(np.random.default_rng(5).standard_normal(q.shape), jnp.float32)
     attend = functools.partial(decode_attention, cache=cache, **keywords)
-    _, moved = jax.jit(lambda q, t: jax.jvp(attend, (q,), (t,)))(q, tangent)
+    out, moved = jax.jit(lambda q, t: jax.jvp(attend, (q,), (t,)))(q, tangent)
+    np.testing.assert_array_equal(out, attend(q))
     step = 1e-4
     after, before = (
         in_float64(
