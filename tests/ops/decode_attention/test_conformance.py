@@ -7,7 +7,7 @@ import pytest
 from support import attention
 from support.attention import BF16, CALLS, Call
 
-from jax_kvcache import decode_attention, merge_attention
+from jax_kvcache import KVCache, decode_attention, merge_attention
 
 IMPLEMENTATIONS = ["xla", "ffi"]
 each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -17,6 +17,25 @@ each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", CALLS)
 def test_equals_float64(name, implementation):
     attention.check(CALLS[name], implementation)
+
+
+@each_implementation
+@pytest.mark.parametrize("weight", [1.0, 0.7])
+@pytest.mark.parametrize(("Nkv", "D"), [(4, 128), (1, 16)])
+def test_equal_values_of_many_rows(Nkv, D, weight, implementation):
+    """The mean of equal values is that value, although the roundings of their sum go one way."""
+    rows, offset = 100_000, np.float32(-99.83203125)  # 128 * 226.8 and its multiples lose the most
+    k = np.zeros((1, rows, Nkv, D), np.int8)
+    k[:, 0] = 1  # so that every other row has the weight
+    offsets, scales = jnp.full((Nkv, D), offset), jnp.ones((Nkv, D))
+    v = jnp.full(k.shape, 127, jnp.int8)
+    cache = KVCache(jnp.asarray(k), v, scales, scales, jnp.zeros((Nkv, D)), offsets, None)
+    q = jnp.full((1, 1, Nkv, D), -np.log(weight) / D, jnp.float32)
+    out = decode_attention(
+        q, cache, np.array([rows], np.int32), scale=1.0, implementation=implementation
+    )
+    value = 127 - float(offset)
+    assert np.abs(np.asarray(out, np.float64) / value - 1).max() < 5e-6
 
 
 @each_implementation
