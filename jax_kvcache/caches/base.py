@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_kvcache.caches.checks import check_caches, layer_index
+from jax_kvcache.ops.checks import check_axis_name
 from jax_kvcache.ops.dequant_rope_quant_kvcache.api import Columns, run, without_effect
 from jax_kvcache.ops.dequant_rope_quant_kvcache.checks import Call
 from jax_kvcache.ops.implementation import Implementation
 from jax_kvcache.ops.indexing import take_one
-from jax_kvcache.ops.slots import axes_named
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -194,7 +194,7 @@ class CacheBase:
             cache_mode=cache_mode,
             implementation=implementation,
             layer=at,
-            axes=axes_named(axis_name),
+            axes=check_axis_name(axis_name),
             total_q_heads=self.num_q_heads,
             qkv_shards=qkv_shards,
         )

@@ -17,7 +17,7 @@ from jax_kvcache.ops.decode_attention.reference import AttentionOptions, Operand
 from jax_kvcache.ops.implementation import Implementation
 from jax_kvcache.ops.indexing import take_one
 from jax_kvcache.ops.operands import absent, is_absent
-from jax_kvcache.ops.slots import axes_named, rebase, shard_positions, shard_slots
+from jax_kvcache.ops.slots import rebase, shard_positions, shard_slots
 
 
 def decode_attention(
@@ -119,8 +119,8 @@ def decode_attention(
 def run(call: Call) -> Any:
     """Checks a call and runs it."""
     operands, options, exists = canonical_operands(call)
-    if axes := axes_named(call.axis_name):
-        out, lse = _over_axes(operands, options, axes)
+    if options.axes:
+        out, lse = _over_axes(operands, options)
     else:
         out, lse = bind(operands, options)
     if not isinstance(exists, bool):
@@ -129,12 +129,12 @@ def run(call: Call) -> Any:
     return (out, lse) if call.return_lse else out
 
 
-def _over_axes(operands: Operands, options: AttentionOptions, axes: tuple[str, ...]) -> Any:
+def _over_axes(operands: Operands, options: AttentionOptions) -> Any:
     """Inside `jax.shard_map`: this device's part, merged with the others'."""
     q, sinks = operands.q, None if is_absent(operands.sinks) else operands.sinks
     part = operands._replace(q=q.astype(jnp.float32), sinks=absent())
     out, lse = bind(part, dataclasses.replace(options, return_lse=True))
-    out, lse = merge_over_axes(out, lse, axes, sinks)
+    out, lse = merge_over_axes(out, lse, options.axes, sinks)
     return out.astype(q.dtype), lse
 
 
@@ -150,7 +150,7 @@ def canonical_operands(call: Call) -> tuple[Operands, AttentionOptions, jax.Arra
     is_contiguous = isinstance(cache, KVCache)
     blocks, R = cache.k_cache.shape[-4:-2]
     table, positions = call.block_table, call.positions
-    axes = axes_named(call.axis_name)
+    axes = call.axis_name
     if is_contiguous:
         table = jnp.arange(call.q.shape[0], dtype=jnp.int32)[:, None]
         if axes:

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 
 # Bytes that one chunk may take in float32, K, V and scores together, and the fewest and the most
-# rows that it has. A loop's step costs little on a CPU and the launch of several kernels on a GPU or
-# TPU. A CPU adds up a chunk's rows one after the other, and 4,096 of them lose 5e-5 of the sum.
+# rows that it has. A loop's step costs little on a CPU, and on a GPU or TPU the launch of several
+# kernels. A CPU adds up a chunk's rows one after the other; 4,096 of them may lose 5e-5 of the sum.
 _BUDGET = {"cpu": 1 << 20}
 _LARGE_BUDGET = 256 << 20
 _FEWEST_ROWS = 128
