@@ -133,6 +133,10 @@ class CacheBase:
     ) -> tuple[jax.Array, Self] | tuple[jax.Array, jax.Array, jax.Array, Self]:
         """Writes S tokens of each sequence; see `dequant_rope_quant_kvcache` for the arithmetic.
 
+        Over an automatic mesh give the jitted step `out_shardings` for its caches. Without them JAX
+        leaves it to XLA which donated buffer becomes which result, and XLA goes by their bytes: a
+        result in front of the caches that is as large as one gets its buffer, and both are copied.
+
         Args:
           x: [B, S, H] int32, float16, bfloat16 or float32, H = (Nq + 2*Nkv) * D; or a tuple
             (q, k, v) of its columns, and then weight_scale and bias are such tuples too.

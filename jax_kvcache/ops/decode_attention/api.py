@@ -39,8 +39,9 @@ def decode_attention(
     """Attention of S new tokens per sequence over the rows of an int8 cache, read as it lies.
 
     `softmax(scale * q @ k.T) @ v`, with k and v = (code - offset) * scale of the channel; query
-    head j reads cache head j // (Nq / Nkv). The arithmetic is float32 on every platform. S is any
-    number: one token of a decode step, a few speculative ones, a chunk of a prompt.
+    head j reads cache head j // (Nq / Nkv). The arithmetic is float32 on every platform, except for
+    more than 16 bfloat16 queries of a sequence on an NVIDIA GPU, see below. S is any number: one
+    token of a decode step, a few speculative ones, a chunk of a prompt.
 
     Which rows a query sees is given by exactly one of `lengths` and `positions`:
 
@@ -65,8 +66,10 @@ def decode_attention(
     sequence sees. Beside the results it takes one chunk of K and V in float32 and its scores: about
     1 MB on a CPU and 256 MB elsewhere, and never less than 128 rows of each sequence take. Queries
     go in tiles of 256. Neither the cache nor a layer is dequantised, gathered or copied as a whole.
-    On an NVIDIA GPU more than 16 queries of bfloat16 go through cuDNN, over rows dequantised to
-    bfloat16, at most 256 MB of them; the results are about as exact as over a bfloat16 cache.
+    On an NVIDIA GPU more than 16 queries of bfloat16 go through cuDNN, with `implementation="xla"`
+    too: over rows dequantised to bfloat16, at most 256 MB of them, and with weights rounded to it;
+    the results are about as exact as over a bfloat16 cache. `explain_attention` says whether a call
+    goes there, and float32 queries never do.
 
     Under `jax.vmap` a cache that is not mapped is shared, not copied. Over several devices it is
     computed where the cache is: shard B (or the blocks) and the heads; sharded rows and blocks
