@@ -144,3 +144,4 @@ def test_what_moves(name, mode):
     heads = Nq // (2 if LAYOUTS[name].heads else 1)
     merged = 4 * B * S * heads * (1 + D + 1) if LAYOUTS[name].merged else 0
     assert hlo.collective_bytes(compiled.as_text()) == merged
+    assert len(hlo.collectives(compiled.as_text())) == (2 if merged else 0)
