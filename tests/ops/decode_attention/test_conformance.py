@@ -130,34 +130,34 @@ def test_a_traced_layer_that_does_not_exist_gives_nan(kind, layer, implementatio
     assert np.isfinite(out).all()
 
 
-LAYERS = [
-    (100, "int8"),
-    (200, "uint8"),
-    (-1, "int16"),
-    (2**16 - 1, "uint16"),
-    (2**32 - 1, "uint32"),
+LAYERS = [  # how many there are, and a number of some dtype
+    (2, 100, "int8"),
+    (2, 200, "uint8"),
+    (2, 256, "int16"),
+    (2, 2**16, "uint32"),
+    (2, 2**32 - 1, "uint32"),
+    (200, 127, "int8"),  # which cannot hold the number of layers
 ]
 
 
 @each_implementation
 @pytest.mark.parametrize("kind", ["contiguous", "paged"])
-@pytest.mark.parametrize(("number", "dtype"), LAYERS)
-def test_layers_of_other_integer_dtypes(number, dtype, kind, implementation):
-    """Alone and under vmap; no number wraps around to a layer that exists."""
-    q, cache, keywords = Call(kind=kind, layers=2).draw()
+@pytest.mark.parametrize(("layers", "number", "dtype"), LAYERS)
+def test_layers_of_other_integer_dtypes(layers, number, dtype, kind, implementation):
+    """Alone and under vmap; no number wraps around to another layer."""
+    q, cache, keywords = Call(kind=kind, layers=layers).draw()
 
     def attend(layer):
         changed = keywords | {"layer": layer, "implementation": implementation}
         return decode_attention(q, cache, **changed)
 
-    layers = jnp.array([1, number, 0], dtype)
-    out = jax.jit(jax.vmap(attend))(layers)
-    assert np.isnan(out[1]).all()
-    assert np.isnan(jax.jit(attend)(layers[1])).all()
-    for i in (0, 2):
-        alone = attend(int(layers[i]))
-        np.testing.assert_allclose(out[i], alone, atol=1e-6)
-        np.testing.assert_allclose(jax.jit(attend)(layers[i]), alone, atol=1e-6)
+    numbers = jnp.array([1, number, 0], dtype)
+    together = jax.jit(jax.vmap(attend))(numbers)
+    for traced, out in zip(numbers, together, strict=True):
+        known = int(traced)
+        expected = attend(known) if known < layers else np.full(q.shape, np.nan)
+        np.testing.assert_allclose(out, expected, atol=1e-6)
+        np.testing.assert_allclose(jax.jit(attend)(traced), expected, atol=1e-6)
 
 
 @each_implementation
