@@ -24,8 +24,11 @@ from jax_kvcache.version import __version__
 _CUSTOM_PARTITIONING_PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
-def _explicit(call: Call, sharding: Sharding, mesh, axes, avals_out, *operands):
-    """The call on a mesh whose `axes` are explicit: the operands' types say where they are."""
+def _explicit(call: Call, sharding: Sharding, mesh, axes, shapes, *operands):
+    """The call on a mesh whose `axes` are explicit: the operands' types say where they are.
+
+    `shapes` are those of the results.
+    """
     ops: Any = call.operands(*map(jax.typeof, operands))
     layout = sharding.layout(mesh, ops, None, call.options)
     specs = sharding.operand_specs(layout, ops)
@@ -41,7 +44,7 @@ def _explicit(call: Call, sharding: Sharding, mesh, axes, avals_out, *operands):
         body,
         mesh=mesh,
         in_specs=specs,
-        out_specs=sharding.result_specs(layout, [a.shape for a in avals_out]),
+        out_specs=sharding.result_specs(layout, shapes),
         axis_names=set(axes),
         check_vma=False,
     )(*placed)
@@ -153,7 +156,28 @@ def partitioned(ctx: Any, call: Call, sharding: Sharding) -> Callable[..., Seque
             return call.plain
         raise NotImplementedError(reason)
     if explicit := _axes_named(mesh, AxisType.Explicit):
-        return functools.partial(_explicit, call, sharding, mesh, explicit, ctx.avals_out)
+        shapes = [aval.shape for aval in ctx.avals_out]
+        return functools.partial(_explicit, call, sharding, mesh, explicit, shapes)
     if num_devices > 1:
         return functools.partial(_automatic, call, sharding, ctx.avals_out)
     return call.run_positional
+
+
+def reference_over_mesh(
+    call: Call, sharding: Sharding, shapes: Sequence[Any], *operands: jax.Array
+) -> Sequence[jax.Array]:
+    """The reference's operations, to be differentiated, where the operands are.
+
+    JAX cannot type them over explicit axes, where they are spread as the call is. Over automatic
+    ones XLA's partitioner spreads them.
+
+    Args:
+      call: the call, which runs the reference on one device.
+      sharding: how its operator is spread over a mesh.
+      shapes: of the results.
+      *operands: the call's operands.
+    """
+    mesh = mesh_of(map(jax.typeof, operands))
+    if explicit := _axes_named(mesh, AxisType.Explicit):
+        return _explicit(call, sharding, mesh, explicit, shapes, *operands)
+    return call.run_positional(*operands)

@@ -9,10 +9,10 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from jax_kvcache.ops.checks import INT32, check_array, check_int
+from jax_kvcache.ops.checks import INT32, check_array, check_axis_name, check_int
 from jax_kvcache.ops.dequant_rope_quant_kvcache.checks import check_splits
 from jax_kvcache.ops.explicit import automatically, spec_of
-from jax_kvcache.ops.slots import INT32_MAX, axes_named, shard_slots
+from jax_kvcache.ops.slots import INT32_MAX, shard_slots
 
 # Smaller heads are those of toy models, which have few of them.
 _USUAL_HEAD = 16
@@ -127,16 +127,18 @@ def local_slots(indices: ArrayLike, rows: int, axis_name: str | tuple[str, ...])
       that is another device's or no slot at all.
 
     Raises:
-      TypeError: `indices` is not an int32 array of 1 or 2 dimensions, or `rows` is not an int.
-      ValueError: the devices together have more rows than int32 counts.
+      TypeError: `indices` is not an int32 array of 1 or 2 dimensions, `rows` is not an int, or
+        `axis_name` is no string and no tuple of strings.
+      ValueError: the devices together have more rows than int32 counts, or there is no such axis.
     """
     rows = check_int("rows", rows)
     check_array("indices", indices, INT32, (1, 2))
-    total = rows * lax.axis_size(axis_name)
+    axes = check_axis_name(axis_name)
+    shards = lax.axis_size(axes)
+    total = rows * shards
     if not 1 <= total <= INT32_MAX:
         raise ValueError(
-            f"`rows` times the {lax.axis_size(axis_name)} devices of '{axis_name}' must be in "
+            f"`rows` times the {shards} devices of '{axis_name}' must be in "
             f"[1, {INT32_MAX}], got {total}."
         )
-    shards = (lax.axis_size(axis_name),)
-    return shard_slots(jnp.asarray(indices), (rows,), (axes_named(axis_name),), shards)
+    return shard_slots(jnp.asarray(indices), (rows,), (axes,), (shards,))

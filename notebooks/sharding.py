@@ -131,7 +131,9 @@ plt.show()
 # In both the program calls the operator on whole arrays, whose columns are in the plain order
 # [q | k | v]. In automatic mode XLA's partitioner asks the operator what to do for the layout that
 # it found; in explicit mode the layout is part of the arrays' types while JAX traces. Automatic
-# mode needs XLA's custom partitioning, which only XLA's own platforms (CPU, GPU, TPU) have.
+# mode needs XLA's custom partitioning, which only XLA's own platforms (CPU, GPU, TPU) have. There
+# the step names its results in `out_shardings`: without them XLA matches donated buffers to results
+# by their bytes, and a result as large as a cache may take its buffer, so that the cache is copied.
 
 
 # %%

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_kvcache.caches.checks import check_caches, layer_index
+from jax_kvcache.ops.checks import check_axis_name
 from jax_kvcache.ops.dequant_rope_quant_kvcache.api import Columns, run, without_effect
 from jax_kvcache.ops.dequant_rope_quant_kvcache.checks import Call
 from jax_kvcache.ops.implementation import Implementation
 from jax_kvcache.ops.indexing import take_one
-from jax_kvcache.ops.slots import axes_named
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -133,6 +133,10 @@ class CacheBase:
     ) -> tuple[jax.Array, Self] | tuple[jax.Array, jax.Array, jax.Array, Self]:
         """Writes S tokens of each sequence; see `dequant_rope_quant_kvcache` for the arithmetic.
 
+        Over an automatic mesh give the jitted step `out_shardings` for its caches. Without them JAX
+        leaves it to XLA which donated buffer becomes which result, and XLA goes by their bytes: a
+        result in front of the caches that is as large as one gets its buffer, and both are copied.
+
         Args:
           x: [B, S, H] int32, float16, bfloat16 or float32, H = (Nq + 2*Nkv) * D; or a tuple
             (q, k, v) of its columns, and then weight_scale and bias are such tuples too.
@@ -194,7 +198,7 @@ class CacheBase:
             cache_mode=cache_mode,
             implementation=implementation,
             layer=at,
-            axes=axes_named(axis_name),
+            axes=check_axis_name(axis_name),
             total_q_heads=self.num_q_heads,
             qkv_shards=qkv_shards,
         )

@@ -8,11 +8,13 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jax_kvcache.ops.checks import (
+    FLOAT32,
     INT8,
     check_array,
     check_int,
     check_int32,
     check_offsets_together,
+    check_positive,
     check_row_count,
     check_shape,
 )
@@ -21,15 +23,21 @@ from jax_kvcache.ops.dequant_rope_quant_kvcache.checks import Layer
 
 def check_caches(cache: Any) -> None:
     """Raises unless the fields of a KVCache or PagedKVCache, however made, fit each other."""
-    rank = 4 if cache.layers is None else 5
+    lead = [] if cache.layers is None else ["L"]
+    letters = [*lead, "C1", "C2", "Nkv", "D"]
     for name in ("k_cache", "v_cache"):
-        check_array(name, getattr(cache, name), INT8, (rank,))
-    letters = "C1, C2, Nkv, D" if cache.layers is None else "L, C1, C2, Nkv, D"
-    check_shape("v_cache", cache.v_cache, (letters, cache.k_cache.shape))
-    if cache.layers is not None and cache.k_cache.shape[0] != cache.layers:
-        raise ValueError(
-            f"`k_cache` must have `layers` = {cache.layers} layers, got {cache.k_cache.shape[0]}."
-        )
+        check_array(name, getattr(cache, name), INT8, (len(letters),))
+    shape = cache.k_cache.shape
+    check_positive("k_cache", cache.k_cache, letters)
+    check_shape("v_cache", cache.v_cache, (", ".join(letters), shape))
+    if cache.layers is not None and shape[0] != cache.layers:
+        raise ValueError(f"`k_cache` must have `layers` = {cache.layers} layers, got {shape[0]}.")
+    check_offsets_together(cache.offset_k, cache.offset_v)
+    letters, dims = [*lead, "Nkv", "D"], (*shape[:-4], *shape[-2:])
+    offsets = () if cache.offset_k is None else ("offset_k", "offset_v")
+    for name in ("scale_k", "scale_v", *offsets):
+        check_array(name, getattr(cache, name), FLOAT32, (len(letters),))
+        check_shape(name, getattr(cache, name), (", ".join(letters), dims))
 
 
 def layer_index(layers: int | None, layer: ArrayLike | None) -> Layer | None:

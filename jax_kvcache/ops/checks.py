@@ -5,9 +5,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.typing import ArrayLike
 
-from jax_kvcache.ops.slots import INT32_MAX
+from jax_kvcache.ops.slots import INT32_MAX, Axes
 
 INT8 = (jnp.dtype("int8"),)
 INT32 = (jnp.dtype("int32"),)
@@ -94,6 +95,30 @@ def check_offsets_together(offset_k, offset_v):
             f"`offset_k` and `offset_v` must be given together, got `offset_{given}` without "
             f"`offset_{missing}`. Pass zeros for the one without an offset."
         )
+
+
+def check_axis_name(axis_name: Any) -> Axes:
+    """Returns the mesh axes of an `axis_name` argument; none for None.
+
+    Raises:
+      TypeError: it is no string and no tuple of strings.
+      ValueError: the place of the call has no such axis.
+    """
+    names = (axis_name,) if isinstance(axis_name, str) else axis_name
+    if names is None:
+        return ()
+    if not isinstance(names, tuple | list) or not all(isinstance(name, str) for name in names):
+        raise TypeError(
+            f"`axis_name` must be a string, a tuple of strings or None, got {axis_name!r}."
+        )
+    try:
+        lax.axis_size(tuple(names))
+    except NameError as error:
+        raise ValueError(
+            "`axis_name` must name mesh axes that are manual where it is used, inside "
+            f"jax.shard_map, got {axis_name!r}."
+        ) from error
+    return tuple(names)
 
 
 def check_int32(

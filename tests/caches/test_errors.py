@@ -1,14 +1,24 @@
 """What creating and updating a cache refuses, with its messages."""
 
+import contextlib
 import dataclasses
+import functools
 
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 from support import caches
 
-from jax_kvcache import KVCache, PagedKVCache, slots_from_block_table
+from jax_kvcache import (
+    KVCache,
+    PagedKVCache,
+    decode_attention,
+    explain_attention,
+    local_slots,
+    slots_from_block_table,
+)
 
 Nkv, D, B, S = caches.Nkv, caches.D, caches.B, caches.S
 ONES = np.ones((Nkv, D), np.float32)
@@ -127,6 +137,84 @@ def test_update_refuses(kind, layers, options, error, message):
     call = caches.tokens(rng) | {"positions": np.zeros(B, np.int32)} | options
     with pytest.raises(error, match=message):
         cache.update(**call)
+
+
+ROW = np.ones((1, D), np.float32)
+FLAT = np.ones(Nkv * D, np.float32)
+LAYERED = np.ones((3, Nkv, D), np.float32)
+NO_CODES = np.zeros((B, 0, Nkv, D), np.int8)
+
+FIELDS = [  # of a cache that `create` did not make
+    (None, {"k_cache": NO_CODES, "v_cache": NO_CODES}, ValueError,
+     "`k_cache` has an empty dimension: C2 = 0"),
+    (None, {"scale_k": ROW}, ValueError,
+     r"`scale_k` must have shape \[Nkv, D\] = \[2, 16\], got \[1, 16\]"),
+    (None, {"scale_k": FLAT}, TypeError, r"`scale_k` must be 2-D, got 1-D \[32\]"),
+    (None, {"scale_v": LAYERED}, TypeError, r"`scale_v` must be 2-D, got 3-D \[3, 2, 16\]"),
+    (3, {"scale_v": ONES}, TypeError, r"`scale_v` must be 3-D, got 2-D \[2, 16\]"),
+    (3, {"scale_v": LAYERED[:2]}, ValueError,
+     r"`scale_v` must have shape \[L, Nkv, D\] = \[3, 2, 16\], got \[2, 2, 16\]"),
+    (None, {"scale_k": ONES.astype(ml_dtypes.bfloat16)}, TypeError,
+     "`scale_k` must have dtype float32, got bfloat16"),
+    (None, {"scale_v": ONES.astype(np.int32)}, TypeError,
+     "`scale_v` must have dtype float32, got int32"),
+    (None, {"scale_v": None}, TypeError, "`scale_v` is required, got None"),
+    (None, {"offset_v": ONES}, ValueError, "got `offset_v` without `offset_k`"),
+    (None, {"offset_k": ROW, "offset_v": ROW}, ValueError,
+     r"`offset_k` must have shape \[Nkv, D\] = \[2, 16\], got \[1, 16\]"),
+    (None, {"offset_k": ONES, "offset_v": ONES.astype(np.float16)}, TypeError,
+     "`offset_v` must have dtype float32, got float16"),
+]  # fmt: skip
+
+
+def update(cache, layer):
+    tokens = caches.tokens(np.random.default_rng(0))
+    cache.update(**tokens, positions=np.zeros(B, np.int32), layer=layer)
+
+
+def attend(cache, layer, function=decode_attention, **options):
+    q = np.zeros((B, S, caches.Nq, D), np.float32)
+    function(q, cache, np.zeros(B, np.int32), layer=layer, **options)
+
+
+READERS = {
+    "update": update,
+    "attention, xla": functools.partial(attend, implementation="xla"),
+    "attention, ffi": functools.partial(attend, implementation="ffi"),
+    "explain": functools.partial(attend, function=explain_attention),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize(("layers", "fields", "error", "message"), FIELDS)
+def test_fields_that_do_not_fit(layers, fields, error, message, reader):
+    cache = caches.make("contiguous", np.random.default_rng(0), layers=layers)
+    with pytest.raises(error, match=message):
+        READERS[reader](dataclasses.replace(cache, **fields), None if layers is None else 1)
+
+
+NAMES = [
+    (3, TypeError, "`axis_name` must be a string, a tuple of strings or None, got 3"),
+    (("dp", 0), TypeError, r"a tuple of strings or None, got \('dp', 0\)"),
+    ("dp", ValueError, "`axis_name` must name mesh axes that are manual .*shard_map, got 'dp'"),
+]
+
+
+@pytest.mark.parametrize("mesh", [False, True])
+@pytest.mark.parametrize(("axis_name", "error", "message"), NAMES)
+def test_axis_names(axis_name, error, message, mesh):
+    """Outside of shard_map, also where there is a mesh."""
+    rng = np.random.default_rng(0)
+    cache, q = caches.make("contiguous", rng), np.zeros((B, S, caches.Nq, D), np.float32)
+    tokens, rows = caches.tokens(rng), np.zeros(B, np.int32)
+    devices = jax.make_mesh((4,), ("dp",), (AxisType.Explicit,))
+    with jax.set_mesh(devices) if mesh else contextlib.nullcontext():
+        with pytest.raises(error, match=message):
+            cache.update(**tokens, positions=rows, axis_name=axis_name)
+        with pytest.raises(error, match=message):
+            decode_attention(q, cache, rows, axis_name=axis_name)
+        with pytest.raises(error, match=message):
+            local_slots(rows, 4, axis_name)
 
 
 @pytest.mark.parametrize("kind", ["contiguous", "paged"])

@@ -233,6 +233,34 @@ def test_what_comes_after_does_not_decide_where_a_cache_lies():
     assert_equal(result, "heads")
 
 
+@pytest.mark.parametrize("steps", [1, 256])
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_in_place(kind, steps):
+    """Also where attention's result has as many bytes as the device's part of a cache."""
+    mesh = jax.make_mesh((2, 2), ("dp", "tp"), (kind,) * 2)
+    heads = NamedSharding(mesh, P("dp", None, "tp"))
+    codes = jax.ShapeDtypeStruct((B, 4 * Nq * 64, Nkv, D), jnp.int8, sharding=heads)
+    scales = jax.ShapeDtypeStruct((Nkv, D), jnp.float32, sharding=NamedSharding(mesh, P("tp")))
+    cache = KVCache(codes, codes, scales, scales, None, None, None)
+    assert B * 256 * Nq * D * 4 == codes.size
+
+    def tokens(*shape, dtype=jnp.float32):
+        where = NamedSharding(mesh, P("dp"))
+        return jax.ShapeDtypeStruct((B, *shape), dtype, sharding=where)
+
+    def step(cache, x, cos, first):
+        q, cache = cache.update(x, cos, cos, first)
+        return decode_attention(q, cache, first + steps), cache
+
+    out_shardings = None  # in explicit mode they follow from the types
+    if kind == AxisType.Auto:
+        out_shardings = None, jax.tree.map(lambda a: a.sharding, cache)
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=out_shardings)
+    x, cos, first = tokens(steps, H), tokens(steps, 1, D), tokens(dtype=jnp.int32)
+    compiled = jitted.lower(cache, x, cos, first).compile()
+    hlo.assert_in_place(compiled, codes.size // 4)
+
+
 def test_a_cache_cut_through_its_heads_is_refused():
     mesh = jax.make_mesh((1, 4), ("dp", "tp"), (AxisType.Explicit,) * 2)
     cache, tokens = arguments("heads")

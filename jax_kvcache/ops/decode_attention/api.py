@@ -17,7 +17,7 @@ from jax_kvcache.ops.decode_attention.reference import AttentionOptions, Operand
 from jax_kvcache.ops.implementation import Implementation
 from jax_kvcache.ops.indexing import take_one
 from jax_kvcache.ops.operands import absent, is_absent
-from jax_kvcache.ops.slots import axes_named, rebase, shard_positions, shard_slots
+from jax_kvcache.ops.slots import rebase, shard_positions, shard_slots
 
 
 def decode_attention(
@@ -39,8 +39,9 @@ def decode_attention(
     """Attention of S new tokens per sequence over the rows of an int8 cache, read as it lies.
 
     `softmax(scale * q @ k.T) @ v`, with k and v = (code - offset) * scale of the channel; query
-    head j reads cache head j // (Nq / Nkv). The arithmetic is float32 on every platform. S is any
-    number: one token of a decode step, a few speculative ones, a chunk of a prompt.
+    head j reads cache head j // (Nq / Nkv). The arithmetic is float32 on every platform, except for
+    more than 16 bfloat16 queries of a sequence on an NVIDIA GPU, see below. S is any number: one
+    token of a decode step, a few speculative ones, a chunk of a prompt.
 
     Which rows a query sees is given by exactly one of `lengths` and `positions`:
 
@@ -65,14 +66,17 @@ def decode_attention(
     sequence sees. Beside the results it takes one chunk of K and V in float32 and its scores: about
     1 MB on a CPU and 256 MB elsewhere, and never less than 128 rows of each sequence take. Queries
     go in tiles of 256. Neither the cache nor a layer is dequantised, gathered or copied as a whole.
-    On an NVIDIA GPU more than 16 queries of bfloat16 go through cuDNN, over codes in float16: at
-    most 256 MB of them, or 128 rows of each sequence where that is more. The largest error is about
-    that of attention over a bfloat16 cache, or less.
+    On an NVIDIA GPU more than 16 queries of bfloat16 go through cuDNN, with `implementation="xla"`
+    too: over codes in float16, at most 256 MB of them, or 128 rows of each sequence where that is
+    more, and with weights rounded to it. The largest error is about that of attention over a
+    bfloat16 cache, or less. `explain_attention` says whether a call goes there, and float32 queries
+    never do.
 
     Under `jax.vmap` a cache that is not mapped is shared, not copied. Over several devices it is
     computed where the cache is: shard B (or the blocks) and the heads; sharded rows and blocks
     merge by the log-sum-exp, with one maximum and one sum. Inside `jax.shard_map`, `axis_name` does
-    that.
+    that. `jax.jvp` gives derivatives by q, the scales, the offsets and the sinks, in all these
+    places: the result is this call's, its derivative the reference's. There is no reverse mode.
 
     Args:
       q: [B, S, Nq, D] float16, bfloat16 or float32, the operator's q; Nq is a multiple of Nkv.
@@ -119,8 +123,8 @@ def decode_attention(
 def run(call: Call) -> Any:
     """Checks a call and runs it."""
     operands, options, exists = canonical_operands(call)
-    if axes := axes_named(call.axis_name):
-        out, lse = _over_axes(operands, options, axes)
+    if options.axes:
+        out, lse = _over_axes(operands, options)
     else:
         out, lse = bind(operands, options)
     if not isinstance(exists, bool):
@@ -129,12 +133,12 @@ def run(call: Call) -> Any:
     return (out, lse) if call.return_lse else out
 
 
-def _over_axes(operands: Operands, options: AttentionOptions, axes: tuple[str, ...]) -> Any:
+def _over_axes(operands: Operands, options: AttentionOptions) -> Any:
     """Inside `jax.shard_map`: this device's part, merged with the others'."""
     q, sinks = operands.q, None if is_absent(operands.sinks) else operands.sinks
     part = operands._replace(q=q.astype(jnp.float32), sinks=absent())
     out, lse = bind(part, dataclasses.replace(options, return_lse=True))
-    out, lse = merge_over_axes(out, lse, axes, sinks)
+    out, lse = merge_over_axes(out, lse, options.axes, sinks)
     return out.astype(q.dtype), lse
 
 
@@ -150,7 +154,7 @@ def canonical_operands(call: Call) -> tuple[Operands, AttentionOptions, jax.Arra
     is_contiguous = isinstance(cache, KVCache)
     blocks, R = cache.k_cache.shape[-4:-2]
     table, positions = call.block_table, call.positions
-    axes = axes_named(call.axis_name)
+    axes = call.axis_name
     if is_contiguous:
         table = jnp.arange(call.q.shape[0], dtype=jnp.int32)[:, None]
         if axes:

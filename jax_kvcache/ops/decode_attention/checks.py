@@ -1,5 +1,6 @@
 """The checks of a call of `decode_attention`: what a wrong one gets before it runs."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +13,7 @@ from jax_kvcache.ops.checks import (
     FLOAT32,
     FLOATS,
     check_array,
+    check_axis_name,
     check_int,
     check_int32,
     check_shape,
@@ -26,7 +28,7 @@ class Call(NamedTuple):
     cache: Any
     lengths: Any = None
     positions: Any = None
-    axis_name: Any = None
+    axis_name: Any = None  # after `check_call` a tuple
     block_table: Any = None
     layer: Any = None
     scale: Any = None
@@ -62,8 +64,13 @@ def check_call(call: Call) -> Call:
     scale = head_dim**-0.5 if call.scale is None else call.scale
     if not _is_real(scale):
         raise TypeError(f"`scale` must be a real number, got {scale!r}.")
+    if not isinstance(scale, jax.Array) and not math.isfinite(scale):
+        raise ValueError(f"`scale` must be finite, got {scale}.")
     return call._replace(
-        scale=scale, window=_check_window(call.window), soft_cap=_check_soft_cap(call.soft_cap)
+        scale=scale,
+        window=_check_window(call.window),
+        soft_cap=_check_soft_cap(call.soft_cap),
+        axis_name=check_axis_name(call.axis_name),
     )
 
 

@@ -95,8 +95,10 @@ def merge_over_axes(
     Returns:
       out and lse over all parts, the same on every device; the sinks are not in lse.
     """
-    peak = lax.pmax(lse, axes)
+    peak = lax.pmax(lax.stop_gradient(lse), axes)  # it cancels, so it has no derivative
     weight = _weight(lse, peak)[..., None]
     both = lax.psum(jnp.concatenate([out * weight, weight], axis=-1), axes)
     sums, total = both[..., :-1], both[..., -1]
-    return normalise(sums, total, peak, sinks), peak + jnp.log(total)
+    seen = peak != -jnp.inf
+    lse = jnp.where(seen, peak + jnp.log(jnp.where(seen, total, 1.0)), -jnp.inf)
+    return normalise(sums, total, peak, sinks), lse

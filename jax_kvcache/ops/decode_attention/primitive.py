@@ -4,6 +4,8 @@ import jax
 from jax.interpreters import ad
 
 from jax_kvcache._compat import add_checks
+from jax_kvcache.mesh import Call
+from jax_kvcache.modes import reference_over_mesh
 from jax_kvcache.ops.decode_attention.debug import findings
 from jax_kvcache.ops.decode_attention.reference import (
     AttentionOptions,
@@ -37,17 +39,29 @@ def bind(operands: Operands, options: AttentionOptions) -> list[jax.Array]:
 
 
 def _jvp(primals, tangents, *, options):
-    """Forward-mode derivatives, by q, scales, offsets and sinks: those of the reference."""
+    """Forward-mode derivatives, by q, scales, offsets and sinks: those of the reference.
+
+    The results themselves are those of the call.
+    """
+    results = bind(Operands(*primals), options)
     moving = [i for i, tangent in enumerate(tangents) if not isinstance(tangent, ad.Zero)]
     moving = [i for i in moving if primals[i].dtype.kind not in "iub"]
+
+    def reference(*operands, options):
+        return decode_attention_reference(Operands(*operands), options, "cpu")
+
+    call = Call(NAME, Operands, Results, reference, reference, options)
+    shapes = [result.shape for result in results]
 
     def of_moving(*values):
         operands = list(primals)
         for i, value in zip(moving, values, strict=True):
             operands[i] = value
-        return list(decode_attention_reference(Operands(*operands), options, "cpu"))
+        return list(reference_over_mesh(call, SHARDING, shapes, *operands))
 
-    return jax.jvp(of_moving, [primals[i] for i in moving], [tangents[i] for i in moving])
+    values = [primals[i] for i in moving]
+    _, moved = jax.jvp(of_moving, values, [tangents[i] for i in moving])
+    return results, moved
 
 
 ad.primitive_jvps[decode_attention_p] = _jvp

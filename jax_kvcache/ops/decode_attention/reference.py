@@ -12,15 +12,17 @@ from jax import lax
 from jax_kvcache import _compat
 from jax_kvcache.ops.decode_attention import cudnn
 from jax_kvcache.ops.decode_attention.chunks import Chunks
+from jax_kvcache.ops.decode_attention.softmax import Softmax, product
 from jax_kvcache.ops.implementation import Options
 from jax_kvcache.ops.operands import Operand, Result, group_rank_of, is_absent
 from jax_kvcache.ops.slots import Axes, is_row, unravel_in_bounds
 
-# What a score is that no query may see: finite, so that it subtracts from itself.
-UNSEEN = float(np.finfo(np.float32).min)
-
 # Queries of one sequence that go through the rows together.
 _TILE = 256
+
+# Chunks whose sums are added up before they join the others'. The roundings of a sum of many equal
+# numbers may all go one way: 100,000 rows are 782 chunks, but in two stages 32 and 25 additions.
+_CHUNKS_PER_SUM = 32
 
 
 class Operands(NamedTuple):
@@ -84,33 +86,6 @@ class AttentionOptions(Options):
             "soft_cap": np.float32(self.soft_cap),
             "return_lse": self.return_lse,
         }
-
-
-class _Softmax(NamedTuple):
-    """A running softmax: [B, Nkv, G, S], sums with [D] more; `seen` is [B, 1, 1, S]."""
-
-    seen: jax.Array
-    peak: jax.Array
-    total: jax.Array
-    sums: jax.Array
-
-    def add(self, seen: jax.Array, scores: jax.Array, values: jax.Array) -> "_Softmax":
-        """Adds rows: seen [B, 1, 1, S, c], scores [B, Nkv, G, S, c], values [B, c, Nkv, D]."""
-        scores = jnp.where(seen, scores, UNSEEN)
-        peak = jnp.maximum(self.peak, scores.max(axis=-1))
-        weights = jnp.where(seen, jnp.exp(scores - peak[..., None]), 0.0)
-        kept = jnp.exp(self.peak - peak)
-        return _Softmax(
-            self.seen | seen.any(axis=-1),
-            peak,
-            self.total * kept + weights.sum(axis=-1),
-            self.sums * kept[..., None] + _product("bngsc,bcnd->bngsd", weights, values),
-        )
-
-
-def _product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """A product in float32 on every platform; XLA's default on a GPU or a TPU is less."""
-    return jnp.einsum(spec, a, b, precision=lax.Precision.HIGHEST)
 
 
 def decode_attention_reference(
@@ -215,33 +190,30 @@ def _tile(
     grouped = grouped * factor[:, None, :, None, :]
     chunks = Chunks.of(ops, platform, steps)
 
-    def fold_in(step: jax.Array, state: _Softmax) -> _Softmax:
+    def fold_in(step: jax.Array, state: Softmax) -> Softmax:
         rows, present = chunks.rows(step)  # [c] and [B or 1, c]
         seen = present[:, None, :] & (rows[None, None, :] <= positions[:, :, None])
         if options.window:
             # The difference of two numbers that are not negative cannot wrap around.
             seen = seen & (positions[:, :, None] - rows[None, None, :] < options.window)
-        scores = _product(
-            "bsngd,bcnd->bngsc", grouped, chunks.read(ops.k_cache, ops.offset_k, step)
-        )
+        scores = product("bsngd,bcnd->bngsc", grouped, chunks.read(ops.k_cache, ops.offset_k, step))
         if options.soft_cap:
             scores = options.soft_cap * jnp.tanh(scores / options.soft_cap)
         return state.add(seen[:, None, None], scores, chunks.read(ops.v_cache, ops.offset_v, step))
 
-    # Zeros of the operands' own type, so that the loop's carry varies over the mesh axes they do.
-    sums = jnp.zeros_like(grouped.transpose(0, 2, 3, 1, 4))
-    start = _Softmax(
-        jnp.zeros_like(positions, bool)[:, None, None],
-        jnp.full_like(sums[..., 0], UNSEEN),
-        jnp.zeros_like(sums[..., 0]),
-        sums,
-    )
+    start = Softmax.of_nothing(positions, grouped.transpose(0, 2, 3, 1, 4))
     first, last = chunks.bounds(positions, options.window)
-    state = lax.fori_loop(first, last, fold_in, start)
+
+    def sum_some(number: jax.Array, state: Softmax) -> Softmax:
+        begin = first + number * _CHUNKS_PER_SUM
+        end = jnp.minimum(begin + _CHUNKS_PER_SUM, last)
+        return state.merged(lax.fori_loop(begin, end, fold_in, start))
+
+    state = lax.fori_loop(0, -(-(last - first) // _CHUNKS_PER_SUM), sum_some, start)
     return _finish(state, ops)
 
 
-def _finish(state: _Softmax, ops: _Flat) -> tuple[jax.Array, jax.Array]:
+def _finish(state: Softmax, ops: _Flat) -> tuple[jax.Array, jax.Array]:
     seen = jnp.broadcast_to(state.seen, state.peak.shape)
     lse = jnp.where(seen, state.peak + jnp.log(state.total), -jnp.inf)
     total, sums = state.total, state.sums

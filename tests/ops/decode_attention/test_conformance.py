@@ -7,7 +7,7 @@ import pytest
 from support import attention
 from support.attention import BF16, CALLS, Call
 
-from jax_kvcache import decode_attention, merge_attention
+from jax_kvcache import KVCache, decode_attention, merge_attention
 
 IMPLEMENTATIONS = ["xla", "ffi"]
 each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -17,6 +17,25 @@ each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", CALLS)
 def test_equals_float64(name, implementation):
     attention.check(CALLS[name], implementation)
+
+
+@each_implementation
+@pytest.mark.parametrize("weight", [1.0, 0.7])
+@pytest.mark.parametrize(("Nkv", "D"), [(4, 128), (1, 16)])
+def test_equal_values_of_many_rows(Nkv, D, weight, implementation):
+    """The mean of equal values is that value, although the roundings of their sum go one way."""
+    rows, offset = 100_000, np.float32(-99.83203125)  # 128 * 226.8 and its multiples lose the most
+    k = np.zeros((1, rows, Nkv, D), np.int8)
+    k[:, 0] = 1  # so that every other row has the weight
+    offsets, scales = jnp.full((Nkv, D), offset), jnp.ones((Nkv, D))
+    v = jnp.full(k.shape, 127, jnp.int8)
+    cache = KVCache(jnp.asarray(k), v, scales, scales, jnp.zeros((Nkv, D)), offsets, None)
+    q = jnp.full((1, 1, Nkv, D), -np.log(weight) / D, jnp.float32)
+    out = decode_attention(
+        q, cache, np.array([rows], np.int32), scale=1.0, implementation=implementation
+    )
+    value = 127 - float(offset)
+    assert np.abs(np.asarray(out, np.float64) / value - 1).max() < 5e-6
 
 
 @each_implementation
@@ -42,18 +61,28 @@ def test_lengths_are_the_last_querys_rows(kind, implementation):
         np.testing.assert_array_equal(out, expected)
 
 
+MORE = {
+    "plain": {},
+    "soft cap": {"soft_cap": 2.0},
+    "sinks": {"sinks": True},
+    "window": {"window": 5},
+}
+
+
 @each_implementation
 @pytest.mark.parametrize("kind", ["contiguous", "paged"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_stays_in_its_row(kind, bad, implementation):
-    q, cache, keywords = Call(kind=kind, S=2, full=True).draw()
+@pytest.mark.parametrize(("S", "more"), [(2, "plain"), *((17, more) for more in MORE)])
+def test_what_is_not_finite_stays_in_its_row(S, more, bad, kind, implementation):
+    q, cache, keywords = Call(kind=kind, S=S, full=True, **MORE[more]).draw()
     clean = decode_attention(q, cache, implementation=implementation, **keywords)
     spoiled = q.at[1, 0, 2, 3].set(bad)
     out = decode_attention(spoiled, cache, implementation=implementation, **keywords)
     own = np.zeros(q.shape[:3], bool)
     own[1, 0, 2] = True
     np.testing.assert_array_equal(np.asarray(out)[~own], np.asarray(clean)[~own])
-    assert not np.isfinite(np.asarray(out)[own]).any()
+    if np.isnan(bad) or more != "soft cap":  # which may make a finite score of an infinite one
+        assert not np.isfinite(np.asarray(out)[own]).any()
 
 
 @each_implementation
@@ -101,6 +130,49 @@ def test_a_traced_layer_that_does_not_exist_gives_nan(kind, layer, implementatio
     assert np.isfinite(out).all()
 
 
+LAYERS = [  # how many there are, and a number of some dtype
+    (2, 100, "int8"),
+    (2, 200, "uint8"),
+    (2, 256, "int16"),
+    (2, 2**16, "uint32"),
+    (2, 2**32 - 1, "uint32"),
+    (200, 127, "int8"),  # which cannot hold the number of layers
+]
+
+
+@each_implementation
+@pytest.mark.parametrize("kind", ["contiguous", "paged"])
+@pytest.mark.parametrize(("layers", "number", "dtype"), LAYERS)
+def test_layers_of_other_integer_dtypes(layers, number, dtype, kind, implementation):
+    """Alone and under vmap; no number wraps around to another layer."""
+    q, cache, keywords = Call(kind=kind, layers=layers).draw()
+
+    def attend(layer):
+        changed = keywords | {"layer": layer, "implementation": implementation}
+        return decode_attention(q, cache, **changed)
+
+    numbers = jnp.array([1, number, 0], dtype)
+    together = jax.jit(jax.vmap(attend))(numbers)
+    for traced, out in zip(numbers, together, strict=True):
+        known = int(traced)
+        expected = attend(known) if known < layers else np.full(q.shape, np.nan)
+        np.testing.assert_allclose(out, expected, atol=1e-6)
+        np.testing.assert_allclose(jax.jit(attend)(traced), expected, atol=1e-6)
+
+
+@each_implementation
+@pytest.mark.parametrize("sink", [-np.inf, -3e38, -1e30, 1e30, 3e38])
+def test_extreme_sinks(sink, implementation):
+    """One far below takes nothing, and one far above takes all."""
+    q, cache, keywords = Call().draw()
+    keywords |= {"return_lse": True, "implementation": implementation}
+    out, lse = decode_attention(q, cache, **keywords)
+    sinks = np.full(q.shape[2], sink, np.float32)
+    with_sinks, same_lse = decode_attention(q, cache, sinks=sinks, **keywords)
+    np.testing.assert_allclose(with_sinks, out if sink < 0 else np.zeros_like(out), atol=1e-6)
+    np.testing.assert_array_equal(same_lse, lse)
+
+
 @each_implementation
 def test_a_traced_scale_is_the_same_factor(implementation):
     q, cache, keywords = Call().draw()
@@ -135,3 +207,32 @@ def test_parts_merge_into_the_whole(sinks, dtype, implementation):
     np.testing.assert_allclose(
         np.asarray(merged, np.float32), np.asarray(whole, np.float32), atol=tolerance
     )
+
+
+NOT_SEEN = -np.inf
+LSES = {  # of three parts
+    "huge": (1e30, 1e30, -1e30),
+    "the largest": (3.4e38, 3.4e38, -3.4e38),
+    "opposite": (3.4e38, -3.4e38, 0),
+    "far below": (-3e38, -3e38, -3e38),
+    "one part": (NOT_SEEN, 5, NOT_SEEN),
+    "nothing": (NOT_SEEN,) * 3,
+    "where exp overflows": (1000, 1001, 999),
+    "where its sum does": (88.7, 88.7, -90),
+}
+
+
+@pytest.mark.parametrize("sink", [None, 0.0, 3.4e38, -3.4e38, -np.inf, 1e4])
+@pytest.mark.parametrize("name", LSES)
+def test_merging_overflows_never(name, sink):
+    lses = np.array(LSES[name])
+    outs = np.random.default_rng(0).standard_normal((3, 2, 4, 8)).astype(np.float32)
+    outs[lses == NOT_SEEN] = 0
+    logits = np.append(lses, NOT_SEEN if sink is None else np.float64(sink))
+    with np.errstate(invalid="ignore"):
+        weights = np.exp(logits - logits.max())
+    seen = (lses != NOT_SEEN).any()
+    mean = np.tensordot(weights[:3] / weights.sum(), outs.astype(np.float64), 1) if seen else 0
+    parts = [np.full((2, 4), lse, np.float32) for lse in lses]
+    merged = merge_attention(list(outs), parts, None if sink is None else np.full(4, sink, "f"))
+    np.testing.assert_allclose(merged, np.broadcast_to(mean, merged.shape), atol=1e-6)

@@ -96,11 +96,12 @@ def test_nested_vmap(kind, implementation):
 
 @each_kind
 def test_derivatives_are_those_of_the_formula(kind):
-    """Forward mode, by q, against differences of attention in float64."""
+    """Forward mode, by q, against differences of attention in float64; same result as without."""
     q, cache, keywords = drawn(kind, offset=3.0)
     tangent = jnp.asarray(np.random.default_rng(5).standard_normal(q.shape), jnp.float32)
     attend = functools.partial(decode_attention, cache=cache, **keywords)
-    _, moved = jax.jit(lambda q, t: jax.jvp(attend, (q,), (t,)))(q, tangent)
+    out, moved = jax.jit(lambda q, t: jax.jvp(attend, (q,), (t,)))(q, tangent)
+    np.testing.assert_array_equal(out, attend(q))
     step = 1e-4
     after, before = (
         in_float64(
@@ -146,6 +147,58 @@ def test_exported_for_one_device(kind):
     exported = jax.export.export(attend, disabled_checks=disabled_export_checks())(q, cache)
     again = jax.export.deserialize(exported.serialize())
     np.testing.assert_array_equal(again.call(q, cache), attend(q, cache))
+
+
+SYMBOLIC = {  # the caches', the queries' and the block table's shapes
+    "contiguous": ("b, l, 2, 8", "b, s, 4, 8", None),
+    "paged": ("n, r, 2, 8", "b, s, 4, 8", "b, m"),
+}
+SIZES = [dict(b=1, s=1, l=5, n=3, r=4, m=2), dict(b=3, s=20, l=300, n=9, r=16, m=3)]
+
+
+@pytest.mark.parametrize("implementation", ["xla", None])
+@each_kind
+def test_exported_for_every_size(kind, implementation):
+    """Exported once and serialised, and run with two sizes of everything but heads."""
+    scale = np.full((2, 8), 0.02, np.float32)
+    scope = jax.export.SymbolicScope()
+
+    def attend(codes, q, positions, table):
+        cls = KVCache if kind == "contiguous" else PagedKVCache
+        cache = cls(codes, codes[::-1], scale, scale, scale, -scale, None)
+        return decode_attention(
+            q, cache, positions=positions, block_table=table, window=7, soft_cap=2.0,
+            sinks=np.ones(4, np.float32), return_lse=True, implementation=implementation,
+        )  # fmt: skip
+
+    codes, q, table = (
+        text and jax.export.symbolic_shape(text, scope=scope) for text in SYMBOLIC[kind]
+    )
+    arguments = [
+        jax.ShapeDtypeStruct(codes, jnp.int8),
+        jax.ShapeDtypeStruct(q, jnp.float32),
+        jax.ShapeDtypeStruct(q[:2], jnp.int32),
+        table and jax.ShapeDtypeStruct(table, jnp.int32),
+    ]
+    checks = disabled_export_checks()
+    exported = jax.export.export(jax.jit(attend), disabled_checks=checks)(*arguments)
+    again = jax.export.deserialize(exported.serialize())
+    rng = np.random.default_rng(0)
+    for sizes in SIZES:
+        rows = sizes["l"] if kind == "contiguous" else sizes["m"] * sizes["r"]
+        shapes = [
+            text and [sizes.get(d, None) or int(d) for d in text.split(", ")]
+            for text in SYMBOLIC[kind]
+        ]
+        values = [
+            rng.integers(-128, 128, shapes[0], np.int8),
+            rng.standard_normal(shapes[1]).astype(np.float32),
+            rng.integers(-1, rows + 2, shapes[1][:2], np.int32),
+            shapes[2] and rng.integers(-1, sizes["n"] + 1, shapes[2], np.int32),
+        ]
+        expected = attend(*map(jnp.asarray, values[:3]), values[3])
+        for result, wanted in zip(again.call(*values), expected, strict=True):
+            np.testing.assert_allclose(result, wanted, rtol=1e-5, atol=1e-5)
 
 
 @each_kind

@@ -1,0 +1,147 @@
+"""decode_attention alone over a mesh: derivatives, vmap, and what devices send each other."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from support import hlo
+from support.attention import Call
+
+from jax_kvcache import decode_attention
+
+
+class Layout(NamedTuple):
+    """Where a cache lies on a mesh of 2 x 2 devices, and where its queries are."""
+
+    kind: str
+    codes: P
+    queries: P = P()
+    heads: str | None = None
+    merged: Any = None  # the mesh axes that the rows of a sequence are spread over
+
+
+LAYOUTS = {
+    "sequences": Layout("contiguous", P("dp", None, "tp"), P("dp", None, "tp"), "tp"),
+    "rows": Layout("contiguous", P(None, "dp", "tp"), P(None, None, "tp"), "tp", "dp"),
+    "blocks": Layout("paged", P("dp", None, "tp"), P(None, None, "tp"), "tp", "dp"),
+    "rows, two axes": Layout("contiguous", P(None, ("tp", "dp")), merged=("tp", "dp")),
+    "blocks, two axes": Layout("paged", P(("dp", "tp")), merged=("dp", "tp")),
+}
+B, S, Nq, D = 2, 2, 8, 8
+POSITIONS = np.array([[-1, 23], [4, 13]], np.int32)
+each_layout = pytest.mark.parametrize("name", LAYOUTS)
+each_mode = pytest.mark.parametrize(
+    "mode", ["automatic", "explicit", "manual", "manual, unchecked"]
+)
+
+
+def make_mesh(mode="automatic"):
+    kind = AxisType.Explicit if mode == "explicit" else AxisType.Auto
+    return jax.make_mesh((2, 2), ("dp", "tp"), (kind,) * 2)
+
+
+def drawn(name, **options):
+    """q, cache, sinks and positions, and attention as a function of them and of an axis_name."""
+    sizes = {"B": B, "S": S, "Nq": Nq, "Nkv": 4, "D": D, "rows": 24, "block": 8, "offset": 9.0}
+    q, cache, keywords = Call(kind=LAYOUTS[name].kind, sinks=True, **sizes).draw()
+    keywords |= {"soft_cap": 3.0, "return_lse": True} | options
+    arguments = (q, cache, keywords.pop("sinks"), POSITIONS)
+    del keywords["positions"]
+
+    def attend(q, cache, sinks, positions, axis_name=None):
+        where = {"positions": positions, "axis_name": axis_name}
+        return decode_attention(q, cache, sinks=sinks, **where, **keywords)
+
+    return arguments, attend
+
+
+def specs(name, cache):
+    """The PartitionSpecs of the arguments."""
+    layout = LAYOUTS[name]
+    heads = P(layout.heads)
+    of_cache = jax.tree.map(lambda a: layout.codes if a.dtype == np.int8 else heads, cache)
+    return layout.queries, of_cache, heads, P(*layout.queries[:1])
+
+
+def place(arguments, where, mesh):
+    return jax.tree.map(lambda a, s: jax.device_put(a, NamedSharding(mesh, s)), arguments, where)
+
+
+def over_mesh(name, mode, function, arguments):
+    """`function(*arguments, axis_name)` on the mesh, compiled, and its placed arguments."""
+    mesh, layout, where = make_mesh(mode), LAYOUTS[name], specs(name, arguments[1])
+    if mode.startswith("manual"):
+        function = jax.shard_map(
+            lambda *own, whole=function: whole(*own, layout.merged),
+            mesh=mesh, in_specs=where, out_specs=layout.queries,
+            check_vma=mode == "manual",
+        )  # fmt: skip
+    placed = place(arguments, where, mesh)
+    return jax.jit(function).lower(*placed).compile(), placed
+
+
+def tangents_of(attend):
+    """The derivatives of both results by all that is a real number, in its own direction."""
+
+    def function(q, cache, sinks, *rest):
+        names = ("scale_k", "scale_v", "offset_k", "offset_v")
+
+        def of_numbers(q, sinks, *numbers):
+            changed = dataclasses.replace(cache, **dict(zip(names, numbers, strict=True)))
+            return attend(q, changed, sinks, *rest)
+
+        numbers = (q, sinks, *(getattr(cache, name) for name in names))
+        return jax.jvp(of_numbers, numbers, numbers)
+
+    return function
+
+
+@each_mode
+@each_layout
+def test_derivatives_equal_one_devices(name, mode):
+    arguments, attend = drawn(name)
+    function = tangents_of(attend)
+    expected = jax.tree.map(np.asarray, jax.jit(function)(*arguments))
+    compiled, placed = over_mesh(name, mode, function, arguments)
+    result = compiled(*placed)
+    assert np.abs(expected[1][0]).max() > 0.1
+    assert np.isfinite(expected[1][1]).all(), "also where nothing is seen"
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), result, expected)
+
+
+@each_mode
+@each_layout
+def test_vmap_equals_a_loop(name, mode):
+    """Over q and positions; the cache is shared."""
+    (q, cache, sinks, positions), attend = drawn(name)
+
+    def both(q, cache, sinks, positions, *rest):
+        one = lambda q, positions: attend(q, cache, sinks, positions, *rest)  # noqa: E731
+        stacked = jnp.stack([q, 2 * q]), jnp.stack([positions, positions - 5])
+        out, lse = jax.vmap(one)(*stacked)
+        return out[0], out[1], lse[0], lse[1]
+
+    compiled, placed = over_mesh(name, mode, both, (q, cache, sinks, positions))
+    out, other_out, lse, other_lse = compiled(*placed)
+    for result, expected in (
+        ((out, lse), attend(q, cache, sinks, positions)),
+        ((other_out, other_lse), attend(2 * q, cache, sinks, positions - 5)),
+    ):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), result, expected)
+
+
+@each_mode
+@each_layout
+def test_what_moves(name, mode):
+    """One maximum and one sum where the rows of a sequence are spread, and else nothing."""
+    arguments, attend = drawn(name)
+    compiled, _ = over_mesh(name, mode, attend, arguments)
+    heads = Nq // (2 if LAYOUTS[name].heads else 1)
+    merged = 4 * B * S * heads * (1 + D + 1) if LAYOUTS[name].merged else 0
+    assert hlo.collective_bytes(compiled.as_text()) == merged
+    assert len(hlo.collectives(compiled.as_text())) == (2 if merged else 0)
