@@ -21,7 +21,7 @@ class BlockAllocator:
         allocator = BlockAllocator(num_blocks=64, block_size=16)
         first = allocator.allocate(100)  # a prompt of 100 tokens
         second = allocator.fork(first)  # shares all 7 blocks
-        batch = allocator.append_batch({first: 1, second: 1}, batch=2, steps=1, columns=8)
+        batch = allocator.append_batch({first: 1, second: 1}, batch=2, columns=8)
         cache = cache.copy_blocks(batch.sources, batch.destinations)  # before the write
     """
 
@@ -102,16 +102,17 @@ class BlockAllocator:
         return copy
 
     def append_batch(
-        self, tokens: Mapping[int, int], *, batch: int, steps: int, columns: int
+        self, tokens: Mapping[int, int], *, batch: int, columns: int, steps: int | None = None
     ) -> RaggedBatch:
         """`append` for all sequences of a step, and the arrays that the step takes.
 
         Args:
           tokens: how many tokens each sequence gets; they have the first places of the batch.
-          batch: B, at least the number of sequences. B, S and M are shapes of the compiled
+          batch: B, at least the number of sequences. B, M and S are shapes of the compiled
             program, so use few of them.
-          steps: S, at least the most tokens that a sequence gets.
           columns: M, see `block_table`.
+          steps: S, at least the most tokens that a sequence gets; None rounds that number up to a
+            power of two.
 
         Returns:
           The positions, the block table and the copies.
@@ -126,7 +127,9 @@ class BlockAllocator:
         blocks = {sequence: self._blocks[self._known(sequence)][:] for sequence in tokens}
         try:
             copies = [self.append(sequence, count) for sequence, count in tokens.items()]
-            check_int("steps", steps, max([1, *tokens.values()]))
+            most = max([1, *map(int, tokens.values())])
+            steps = 1 << (most - 1).bit_length() if steps is None else steps
+            steps = check_int("steps", steps, most)
             table = self.block_table([*tokens, *[None] * padding], columns)
         except Exception:
             self._free, self._references, self._lengths = free, references, lengths

@@ -179,8 +179,17 @@ def test_append_batch_copies_in_the_order_of_the_batch():
     assert batch.block_table[2].tolist() == [shared]
 
 
+@pytest.mark.parametrize(("most", "steps"), [(0, 1), (1, 1), (2, 2), (3, 4), (4, 4), (5, 8)])
+@pytest.mark.parametrize("kind", [int, np.int8])
+def test_steps_are_a_power_of_two(most, steps, kind):
+    allocator = BlockAllocator(8, 4)
+    tokens = {allocator.allocate(): kind(most), allocator.allocate(): 0}
+    batch = allocator.append_batch(tokens, batch=2, columns=2)
+    assert batch.positions.shape == (2, steps)
+
+
 def test_an_empty_batch_is_padding():
-    batch = BlockAllocator(8, 4).append_batch({}, batch=2, steps=1, columns=3)
+    batch = BlockAllocator(8, 4).append_batch({}, batch=2, columns=3)
     assert [array.shape for array in batch] == [(2, 1), (2, 3), (2,), (2,)]
     assert all((array == -1).all() for array in batch)
 
