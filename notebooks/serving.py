@@ -64,7 +64,7 @@ class Server:
     def __init__(self, model):
         self.model, self.cache = model, new_paged_cache(model, BLOCKS, BLOCK)
         self.allocator = BlockAllocator(BLOCKS, BLOCK)
-        self.history = []  # of each step, which sequence had which blocks
+        self.blocks = []  # of each step, those of each sequence
 
     def arrays(self, new):
         """The step's tokens and where they are, when each sequence has these new bytes."""
@@ -75,15 +75,16 @@ class Server:
         return tokens, batch
 
     def read(self, new):
-        """One step; the most likely byte after each new one, and padding, of each sequence."""
+        """One step: of each sequence, the most likely byte after each new one, then padding."""
         following, self.cache = step(self.model, self.cache, *self.arrays(new))
-        self.history.append({s: self.allocator.blocks(s) for s in self.allocator.sequences})
+        self.blocks.append({s: self.allocator.blocks(s) for s in self.allocator.sequences})
         return dict(zip(new, np.asarray(following), strict=False))
 
 
 # %% [markdown]
 # ## The engine
 #
+# A request is a prompt and how many bytes to add; a sequence `s` belongs to request `i`.
 # What a request has to read is the part of its text that the allocator has no rows for: first the
 # prompt, or what is left of it after a prefix that another sequence has read, then the last byte.
 # `draft` may guess how the text goes on. The guess is read in the same step, and `truncate` takes
@@ -98,8 +99,8 @@ def serve(server, requests, prefix=None, draft=lambda text: b""):
     waiting, running = [*range(len(requests))], {}
     while waiting or running:
         while waiting and len(running) < BATCH:  # join
-            sequence = allocator.allocate() if prefix is None else allocator.fork(prefix)
-            running[sequence] = waiting.pop(0)
+            s = allocator.allocate() if prefix is None else allocator.fork(prefix)
+            running[s] = waiting.pop(0)
         new = {s: (texts[i][allocator.length(s) :], draft(texts[i])) for s, i in running.items()}
         following = server.read({s: unread + guess for s, (unread, guess) in new.items()})
         for s, (unread, guess) in new.items():
@@ -128,12 +129,12 @@ server = Server(model)
 together = serve(server, REQUESTS)
 assert together == [alone(model, *request) for request in REQUESTS]
 assert server.allocator.num_free == BLOCKS
-print(*(text.decode() for text in together[:3]), f"{len(server.history)} steps", sep="\n---\n")
+print(*(text.decode() for text in together[:3]), f"{len(server.blocks)} steps", sep="\n---\n")
 
 _, axis = plt.subplots(figsize=(8, 3.2), dpi=75, layout="constrained")
-for number, blocks in enumerate(server.history):
-    for s in blocks:
-        axis.scatter([number] * len(blocks[s]), blocks[s], s=36, color=f"C{s}", marker="s")
+for number, blocks_of in enumerate(server.blocks):
+    for s, blocks in blocks_of.items():
+        axis.scatter([number] * len(blocks), blocks, s=36, color=f"C{s}", marker="s")
 axis.set(xlabel="step", ylabel="block of the cache", title="a colour for each request")
 plt.show()
 
@@ -144,15 +145,15 @@ plt.show()
 # and only the block in which they part is copied, on the device, when one of them writes.
 
 # %%
-PREFIX = b"import argparse\n\n\ndef main():\n    parser = argparse."
-REQUESTS_OF_PREFIX = [(PREFIX + end, 8) for end in (b"ArgumentParser(", b"Namespace()\n", b"Help")]
+PREFIX = b"import sys\n\n\ndef read_file(path):\n    with open"
+REQUESTS_OF_PREFIX = [(PREFIX + end, 8) for end in (b"(", b"(path", b"_")]
 server = Server(model)
 prefix = server.allocator.allocate()
 server.read({prefix: PREFIX})
 texts = serve(server, REQUESTS_OF_PREFIX, prefix)
 assert texts == [alone(model, *request) for request in REQUESTS_OF_PREFIX]
 read_once = server.allocator.blocks(prefix)
-shared = set.intersection(*map(set, server.history[-1].values()))
+shared = set.intersection(*map(set, server.blocks[-1].values()))
 assert shared == set(read_once[:-1])  # the last one was not full
 print(f"{len(shared)} of the prefix's {len(read_once)} blocks are shared")
 
@@ -172,8 +173,8 @@ def what_followed_before(text):
 server = Server(model)
 (text,) = serve(server, [(b"import os\nimport ", 60)], draft=what_followed_before)
 assert text == alone(model, b"import os\nimport ", 60)
-print(text.decode(), f"--- {len(server.history)} steps for 60 bytes", sep="\n")
-assert len(server.history) < 60 / 2
+print(text.decode(), f"--- {len(server.blocks)} steps for 60 bytes", sep="\n")
+assert len(server.blocks) < 60 / 2
 
 # %% [markdown]
 # ## Tensor parallelism
@@ -186,7 +187,7 @@ assert len(server.history) < 60 / 2
 
 # %%
 def by_heads(path, _):
-    """Where a weight lies: PartitionSpec of its dimensions."""
+    """The PartitionSpec of a weight."""
     name = jax.tree_util.keystr(path)
     return P("tp") if ".qkv" in name else P(None, "tp") if ".o." in name else P()
 
@@ -233,7 +234,6 @@ blob = export(server.cache, *arguments).serialize()
 
 run = jax.jit(jax.export.deserialize(blob).call, donate_argnums=0)
 following, cache = run(server.cache, *arguments)
-last = following[0, len(PROMPTS[0]) - 1]
-print(f"{len(blob):,} bytes; the next byte is {bytes([int(last)])}", cache, sep="\n")
-assert last == own[0][len(PROMPTS[0])]
+assert following[0, len(PROMPTS[0]) - 1] == own[0][len(PROMPTS[0])]
+print(f"{len(blob):,} bytes", cache, sep="\n")
 assert server.cache.k_cache.is_deleted()
