@@ -179,10 +179,11 @@ assert len(server.blocks) < 60 / 2
 # %% [markdown]
 # ## Tensor parallelism
 #
-# The same step on two devices, each with half of the heads: of the cache, of the qkv projection's
-# rows, and of the output projection's columns, after which XLA puts the one sum of each layer. The
-# allocator does not notice: a block is half as wide on each device. (`sharding` has the other
-# layouts, and `jax.shard_map`.)
+# The same step on two devices, each with half of the heads of the cache, half of the rows of the
+# qkv projection and half of the columns of the output projection. In each layer XLA gathers what
+# the first projection gave and sums what the second one gave; the codes of the cache stay where
+# they are. The allocator does not notice: a block is half as wide on each device. (Inside
+# `jax.shard_map` nothing has to be gathered: `sharding` shows that, and other layouts.)
 
 
 # %%
