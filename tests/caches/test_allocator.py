@@ -1,5 +1,7 @@
 """BlockAllocator against a model: what each sequence reads back, and that no block is lost."""
 
+import jax
+import jax.export
 import numpy as np
 import pytest
 from hypothesis import settings
@@ -186,6 +188,14 @@ def test_steps_are_a_power_of_two(most, steps, kind):
     tokens = {allocator.allocate(): kind(most), allocator.allocate(): 0}
     batch = allocator.append_batch(tokens, batch=2, columns=2)
     assert batch.positions.shape == (2, steps)
+
+
+def test_a_batch_is_an_argument_of_an_exported_function():
+    allocator = BlockAllocator(8, 4)
+    batch = allocator.append_batch({allocator.allocate(): 3}, batch=2, columns=2)
+    exported = jax.export.export(jax.jit(lambda batch: batch.positions + 1))(batch)
+    got = jax.export.deserialize(exported.serialize()).call(batch)
+    assert got.tolist() == (batch.positions + 1).tolist()
 
 
 def test_an_empty_batch_is_padding():
