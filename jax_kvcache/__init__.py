@@ -27,6 +27,7 @@ from jax_kvcache.caches import BlockCopy as BlockCopy
 from jax_kvcache.caches import KVCache as KVCache
 from jax_kvcache.caches import OutOfBlocksError as OutOfBlocksError
 from jax_kvcache.caches import PagedKVCache as PagedKVCache
+from jax_kvcache.caches import RaggedBatch as RaggedBatch
 from jax_kvcache.caches import slots_from_block_table as slots_from_block_table
 from jax_kvcache.export import disabled_export_checks as disabled_export_checks
 from jax_kvcache.ops.decode_attention.api import decode_attention as decode_attention
@@ -60,6 +61,7 @@ __all__ = [
     "KVCache",
     "OutOfBlocksError",
     "PagedKVCache",
+    "RaggedBatch",
     "RopePermutation",
     "__version__",
     "decode_attention",

@@ -1,22 +1,11 @@
 """Which sequence has which blocks of a `PagedKVCache`: on the host, with reference counts."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from jax_kvcache.caches.batch import BlockCopy, OutOfBlocksError, RaggedBatch, ragged_positions
 from jax_kvcache.ops.checks import check_int
-
-
-class OutOfBlocksError(RuntimeError):
-    """Too few blocks are free; the allocator is as it was before the call."""
-
-
-class BlockCopy(NamedTuple):
-    """One block to copy before the next write; both are -1 where there is nothing to copy."""
-
-    source: int
-    destination: int
 
 
 class BlockAllocator:
@@ -32,9 +21,8 @@ class BlockAllocator:
         allocator = BlockAllocator(num_blocks=64, block_size=16)
         first = allocator.allocate(100)  # a prompt of 100 tokens
         second = allocator.fork(first)  # shares all 7 blocks
-        copies = np.array([allocator.append(s, 1) for s in (first, second)], np.int32)
-        cache = cache.copy_blocks(*copies.T)  # before the new tokens are written
-        table = allocator.block_table([first, second], columns=8)
+        batch = allocator.append_batch({first: 1, second: 1}, batch=2, columns=8)
+        cache = cache.copy_blocks(batch.sources, batch.destinations)  # before the write
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
@@ -112,6 +100,45 @@ class BlockAllocator:
         blocks.extend(new)
         self._lengths[sequence] = end
         return copy
+
+    def append_batch(
+        self, tokens: Mapping[int, int], *, batch: int, columns: int, steps: int | None = None
+    ) -> RaggedBatch:
+        """`append` for all sequences of a step, and the arrays that the step takes.
+
+        Args:
+          tokens: how many tokens each sequence gets; they have the first places of the batch.
+          batch: B, at least the number of sequences. B, M and S are shapes of the compiled
+            program, so use few of them.
+          columns: M, see `block_table`.
+          steps: S, at least the most tokens that a sequence gets; None rounds that number up to a
+            power of two.
+
+        Returns:
+          The positions, the block table and the copies.
+
+        Raises:
+          OutOfBlocksError: too few blocks are free.
+          TypeError, ValueError: a size or a number is not an int, or is too small; an unknown
+            sequence. After any of these errors the allocator is as it was before.
+        """
+        padding = check_int("batch", batch, len(tokens)) - len(tokens)
+        free, references, lengths = self._free[:], self._references[:], dict(self._lengths)
+        blocks = {sequence: self._blocks[self._known(sequence)][:] for sequence in tokens}
+        try:
+            copies = [self.append(sequence, count) for sequence, count in tokens.items()]
+            most = max([1, *map(int, tokens.values())])
+            steps = 1 << (most - 1).bit_length() if steps is None else steps
+            steps = check_int("steps", steps, most)
+            table = self.block_table([*tokens, *[None] * padding], columns)
+        except Exception:
+            self._free, self._references, self._lengths = free, references, lengths
+            self._blocks |= blocks
+            raise
+        starts = [*map(lengths.__getitem__, tokens), *[0] * padding]
+        positions = ragged_positions(starts, [*tokens.values(), *[0] * padding], steps)
+        pairs = np.array([*copies, *[BlockCopy(-1, -1)] * padding], np.int32).reshape(-1, 2)
+        return RaggedBatch(positions, table, *pairs.T)
 
     def fork(self, sequence: int, length: int | None = None) -> int:
         """Makes a sequence that starts with the tokens of another one and shares their blocks.

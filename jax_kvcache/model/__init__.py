@@ -6,3 +6,4 @@ from jax_kvcache.model.forward import forward_float as forward_float
 from jax_kvcache.model.weights import Config as Config
 from jax_kvcache.model.weights import Model as Model
 from jax_kvcache.model.weights import new_cache as new_cache
+from jax_kvcache.model.weights import new_paged_cache as new_paged_cache

@@ -1,22 +1,23 @@
 """A decoder's forward pass: with the int8 cache, with a float cache, and without a cache."""
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 from jax_kvcache import backends
-from jax_kvcache.caches import KVCache
+from jax_kvcache.caches import KVCache, PagedKVCache
 from jax_kvcache.model.float_cache import FloatCache, attention, rotate
 from jax_kvcache.model.linear import FloatLinear, Projected, matmul, per_column
 from jax_kvcache.model.weights import Config, Layer, Model
+from jax_kvcache.ops.checks import check_int32
 from jax_kvcache.ops.decode_attention.api import decode_attention
 from jax_kvcache.ops.implementation import Implementation
 from jax_kvcache.rope import rope_tables
 
-Cache = TypeVar("Cache", bound=KVCache | FloatCache)
+Cache = TypeVar("Cache", bound=KVCache | PagedKVCache | FloatCache)
 KvMap = Callable[[int, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 
@@ -26,6 +27,7 @@ def forward(
     cache: Cache,
     positions: jax.Array,
     *,
+    block_table: ArrayLike | None = None,
     table_dtype: DTypeLike | None = None,
     implementation: Implementation = None,
 ) -> tuple[jax.Array, Cache]:
@@ -34,18 +36,28 @@ def forward(
     Args:
       model: see `jax_kvcache.checkpoints.load`.
       tokens: [B, S] int32.
-      cache: see `new_cache`; it holds the tokens before. Donate it to stay in place. Its rows are
-        also the longest text that RoPE of the types dynamic and longrope is made for.
-      positions: [B] int32, the position of the first of the S tokens.
+      cache: see `new_cache`, or a `PagedKVCache` with layers; it holds the tokens before. Donate it
+        to stay in place. The rows that a text can have, in a paged cache those of a row of the
+        block table, are also the longest text that RoPE of the types dynamic and longrope is made
+        for.
+      positions: [B] int32, the position of the first of the S tokens. For a `PagedKVCache` [B, S]
+        int32, the position of each; a negative one is padding, whose logits mean nothing.
+      block_table: [B, M] int32 for a `PagedKVCache`, see `BlockAllocator.block_table`; None for
+        the other caches.
       table_dtype: dtype of the RoPE tables, and so of q and of a float x; None is float32, and
         bfloat16 where JAX's default device is an Ascend NPU, whose operator takes no float32.
       implementation: of the write; "xla" is that of attention too.
 
     Returns:
       logits [B, S, vocab] float32 of the token after each, and the cache.
+
+    Raises:
+      TypeError: a `PagedKVCache` without a block table, or another cache with one; see also
+        `update` of the cache.
     """
     config, table_dtype = model.config, table_dtype or default_table_dtype()
-    cos, sin = _tables(config, positions, tokens.shape[1], cache_rows(cache), table_dtype)
+    of_tokens, rows = _places(tokens, cache, positions, block_table)
+    cos, sin = _tables(config, of_tokens, rows, table_dtype)
     x = _embed(model, tokens)
     for index, layer in enumerate(model.layers):
         projected = _project_qkv(config, layer, x, table_dtype)
@@ -57,7 +69,7 @@ def forward(
             cache = cache.update(k, v, positions, index)
             attended = attention(q, cache.k[index], cache.v[index], positions, window)
         else:
-            q, cache = cache.update(
+            q, written = cache.update(
                 projected.x,
                 cos,
                 sin,
@@ -65,10 +77,21 @@ def forward(
                 weight_scale=projected.weight_scale,
                 activation_scale=projected.activation_scale,
                 bias=projected.bias,
+                block_table=block_table,
                 layer=index,
                 implementation=implementation,
             )
-            attended = _attend(q, cache, positions, index, window, implementation)
+            attended = decode_attention(
+                q.astype(jnp.float32),
+                written,
+                positions=of_tokens,
+                block_table=block_table,
+                layer=index,
+                window=window,
+                # "ffi" is a demand on the write: not every device that has it has attention.
+                implementation="xla" if implementation == "xla" else None,
+            )
+            cache = cast(Cache, written)
         x = _finish_layer(config, layer, x, attended)
     return _logits(model, x), cache
 
@@ -78,25 +101,31 @@ def cache_rows(cache: KVCache | FloatCache) -> int:
     return (cache.k if isinstance(cache, FloatCache) else cache.k_cache).shape[2]
 
 
-def _attend(
-    q: jax.Array,
-    cache: KVCache,
+def _places(
+    tokens: jax.Array,
+    cache: KVCache | PagedKVCache | FloatCache,
     positions: jax.Array,
-    layer: int,
-    window: int | None,
-    implementation: Implementation,
-) -> jax.Array:
-    """Attention of the S tokens from `positions` on, over one layer of the int8 cache."""
-    steps = jnp.arange(q.shape[1], dtype=jnp.int32)[None, :]
-    return decode_attention(
-        q.astype(jnp.float32),
-        cache,
-        positions=jnp.where(positions[:, None] < 0, -1, positions[:, None] + steps),
-        layer=layer,
-        window=window,
-        # "ffi" is a demand on the write: not every device that has the write has this one.
-        implementation="xla" if implementation == "xla" else None,
-    )
+    block_table: ArrayLike | None,
+) -> tuple[jax.Array, int]:
+    """The position of each token, [B, S] int32, and how many rows a text can have."""
+    if not isinstance(cache, PagedKVCache):
+        if block_table is not None:
+            kind = type(cache).__name__
+            raise TypeError(
+                f"`block_table` must be None for a {kind}: only a PagedKVCache has one."
+            )
+        return _positions_of_tokens(positions, tokens.shape[1]), cache_rows(cache)
+    if block_table is None:
+        raise TypeError("`block_table` is required for a PagedKVCache, got None.")
+    table = check_int32("block_table", block_table, "B, M", (tokens.shape[0], None))
+    of_tokens = check_int32("positions", positions, "B, S", tokens.shape)
+    return of_tokens, table.shape[1] * cache.k_cache.shape[2]
+
+
+def _positions_of_tokens(starts: jax.Array, steps: int) -> jax.Array:
+    """[B, S]: the positions of S tokens from each of `starts` on; -1 where that is negative."""
+    of_tokens = starts[:, None] + jnp.arange(steps, dtype=jnp.int32)[None, :]
+    return jnp.where(starts[:, None] < 0, -1, of_tokens)
 
 
 class FloatForward(NamedTuple):
@@ -137,7 +166,7 @@ def forward_float(
     config, table_dtype = model.config, table_dtype or default_table_dtype()
     batch, length = tokens.shape
     positions = jnp.zeros((batch,), jnp.int32)
-    cos, sin = _tables(config, positions, length, length, table_dtype)
+    cos, sin = _tables(config, _positions_of_tokens(positions, length), length, table_dtype)
     x, read = _embed(model, tokens), []
     for index, layer in enumerate(model.layers):
         projected = _project_qkv(config, layer, x, table_dtype)
@@ -157,11 +186,10 @@ def default_table_dtype() -> DTypeLike:
     return jnp.bfloat16 if on_ascend else jnp.float32
 
 
-def _tables(config: Config, positions, steps: int, rows: int, dtype: DTypeLike):
-    """cos and sin of the S tokens from `positions` on; `rows` is the longest text."""
-    tokens = positions[:, None] + jnp.arange(steps, dtype=jnp.int32)[None, :]
+def _tables(config: Config, positions: jax.Array, rows: int, dtype: DTypeLike):
+    """cos and sin of tokens at `positions` [B, S]; `rows` is the longest text."""
     return rope_tables(
-        tokens, config.head_dim, dtype=dtype, rope_parameters=config.rope, seq_len=rows
+        positions, config.head_dim, dtype=dtype, rope_parameters=config.rope, seq_len=rows
     )
 
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 
-from jax_kvcache.caches import KVCache
+from jax_kvcache.caches import KVCache, PagedKVCache
 from jax_kvcache.model.float_cache import FloatCache
 from jax_kvcache.model.linear import Linear
 from jax_kvcache.rope_parameters import RopeParameters
@@ -117,3 +117,24 @@ def new_cache(model: Model, batch: int, length: int | None = None) -> KVCache | 
     return KVCache.create(
         batch, rows, heads, head_dim, layers=layers, num_q_heads=q_heads, **params
     )
+
+
+def new_paged_cache(model: Model, num_blocks: int, block_size: int) -> PagedKVCache:
+    """An empty paged cache with all layers in one array, for `forward` with a block table.
+
+    Args:
+      model: see `Model`.
+      num_blocks: blocks, shared by all texts.
+      block_size: rows per block.
+
+    Raises:
+      ValueError: the model has no scales.
+    """
+    config, params = model.config, model.cache_params
+    if params is None:
+        raise ValueError("`model` must have `cache_params`, got None: calibrate it first.")
+    heads, head_dim, q_heads = config.n_kv_heads, config.head_dim, config.n_q_heads
+    return PagedKVCache.create(
+        num_blocks, block_size, heads, head_dim, layers=config.n_layers, num_q_heads=q_heads,
+        **params,
+    )  # fmt: skip

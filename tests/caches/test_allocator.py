@@ -1,5 +1,7 @@
 """BlockAllocator against a model: what each sequence reads back, and that no block is lost."""
 
+import jax
+import jax.export
 import numpy as np
 import pytest
 from hypothesis import settings
@@ -150,6 +152,86 @@ def test_block_table():
     table = allocator.block_table([two, None, one], columns=3)
     assert table.dtype == np.int32
     assert table.tolist() == [[-1] * 3, [-1] * 3, [*allocator.blocks(one), -1]]
+
+
+def test_append_batch():
+    allocator = BlockAllocator(8, 4)
+    one, two = allocator.allocate(5), allocator.allocate(0)
+    fork = allocator.fork(one)
+    shared = allocator.blocks(one)
+    batch = allocator.append_batch({two: 3, fork: 2}, batch=3, steps=4, columns=2)
+    assert all(array.dtype == np.int32 for array in batch)
+    assert batch.positions.tolist() == [[0, 1, 2, -1], [5, 6, -1, -1], [-1] * 4]
+    own = allocator.blocks(fork)
+    assert own[0] == shared[0]
+    assert batch.block_table.tolist() == [[*allocator.blocks(two), -1], [*own], [-1, -1]]
+    assert batch.sources.tolist() == [-1, shared[1], -1]
+    assert batch.destinations.tolist() == [-1, own[1], -1]
+    assert [allocator.length(sequence) for sequence in (one, two, fork)] == [5, 3, 7]
+
+
+def test_append_batch_copies_in_the_order_of_the_batch():
+    """The last of those that share a block needs no copy."""
+    allocator = BlockAllocator(8, 4)
+    one = allocator.allocate(2)
+    sequences = [one, allocator.fork(one), allocator.fork(one)]
+    (shared,) = allocator.blocks(one)
+    batch = allocator.append_batch(dict.fromkeys(sequences, 1), batch=3, steps=1, columns=1)
+    assert batch.sources.tolist() == [shared, shared, -1]
+    assert batch.block_table[2].tolist() == [shared]
+
+
+@pytest.mark.parametrize(("most", "steps"), [(0, 1), (1, 1), (2, 2), (3, 4), (4, 4), (5, 8)])
+@pytest.mark.parametrize("kind", [int, np.int8])
+def test_steps_are_a_power_of_two(most, steps, kind):
+    allocator = BlockAllocator(8, 4)
+    tokens = {allocator.allocate(): kind(most), allocator.allocate(): 0}
+    batch = allocator.append_batch(tokens, batch=2, columns=2)
+    assert batch.positions.shape == (2, steps)
+
+
+def test_a_batch_is_an_argument_of_an_exported_function():
+    allocator = BlockAllocator(8, 4)
+    batch = allocator.append_batch({allocator.allocate(): 3}, batch=2, columns=2)
+    exported = jax.export.export(jax.jit(lambda batch: batch.positions + 1))(batch)
+    got = jax.export.deserialize(exported.serialize()).call(batch)
+    assert got.tolist() == (batch.positions + 1).tolist()
+
+
+def test_an_empty_batch_is_padding():
+    batch = BlockAllocator(8, 4).append_batch({}, batch=2, columns=3)
+    assert [array.shape for array in batch] == [(2, 1), (2, 3), (2,), (2,)]
+    assert all((array == -1).all() for array in batch)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "sizes", "error", "message"),
+    [
+        ({0: 2, 1: 3}, {}, OutOfBlocksError, "1 blocks are needed and 0 of 4 are free"),
+        ({0: 1, 7: 1}, {}, ValueError, "`sequence` must be one that is allocated, got 7"),
+        ({0: 1, 1: -1}, {}, ValueError, "`tokens` must be at least 0, got -1"),
+        ({0: 1, 1: 1.0}, {}, TypeError, "`tokens` must be an int, got 1.0"),
+        ({0: 1, 1: 1}, {"batch": 1}, ValueError, "`batch` must be at least 2, got 1"),
+        ({0: 2}, {"steps": 1}, ValueError, "`steps` must be at least 2, got 1"),
+        ({0: 1}, {"columns": 1}, ValueError, "`columns` must be at least 2, the blocks of seq"),
+    ],
+)
+def test_a_batch_that_is_refused_changes_nothing(tokens, sizes, error, message):
+    allocator = BlockAllocator(4, 2)
+    first = allocator.allocate(3)
+    allocator.fork(first)
+
+    def state():
+        return {s: (allocator.length(s), allocator.blocks(s)) for s in allocator.sequences}
+
+    before = state()
+    with pytest.raises(error, match=message):
+        allocator.append_batch(tokens, **{"batch": 2, "steps": 4, "columns": 3} | sizes)
+    assert state() == before
+    assert allocator.num_free == 2
+    # The references are as they were: one copy, and each row is given once.
+    assert allocator.append(0).source == before[0][1][1]
+    assert allocator.append(1) == (-1, -1)
 
 
 def refusals():
