@@ -30,6 +30,7 @@ ELSEWHERE = {
     "forward": "the model has tests of its own, tests/model",
     "forward_float": "as forward",
     "new_cache": "as forward",
+    "new_paged_cache": "as forward",
 }
 
 
