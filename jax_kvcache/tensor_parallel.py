@@ -134,6 +134,8 @@ def local_slots(indices: ArrayLike, rows: int, axis_name: str | tuple[str, ...])
     rows = check_int("rows", rows)
     check_array("indices", indices, INT32, (1, 2))
     axes = check_axis_name(axis_name)
+    if not axes:
+        raise TypeError(f"`axis_name` must name a mesh axis, got {axis_name!r}.")
     shards = lax.axis_size(axes)
     total = rows * shards
     if not 1 <= total <= INT32_MAX:

@@ -6,6 +6,7 @@ import numpy as np
 
 from jax_kvcache.caches.batch import BlockCopy, OutOfBlocksError, RaggedBatch, ragged_positions
 from jax_kvcache.ops.checks import check_int
+from jax_kvcache.ops.slots import INT32_MAX
 
 
 class BlockAllocator:
@@ -34,10 +35,14 @@ class BlockAllocator:
 
         Raises:
           TypeError: an argument is not an int.
-          ValueError: an argument is below 1.
+          ValueError: an argument is below 1, or there are more than 2**31 - 1 rows.
         """
         self.num_blocks = check_int("num_blocks", num_blocks, 1)
         self.block_size = check_int("block_size", block_size, 1)
+        if (rows := self.num_blocks * self.block_size) > INT32_MAX:
+            raise ValueError(
+                f"`num_blocks` * `block_size` must be at most {INT32_MAX} rows, got {rows}."
+            )
         self._free = list(range(num_blocks - 1, -1, -1))  # the last one is the next to be given
         self._references = [0] * num_blocks
         self._blocks: dict[int, list[int]] = {}
@@ -108,7 +113,7 @@ class BlockAllocator:
 
         Args:
           tokens: how many tokens each sequence gets; they have the first places of the batch.
-          batch: B, at least the number of sequences. B, M and S are shapes of the compiled
+          batch: B, at least the number of sequences, and 1. B, M and S are shapes of the compiled
             program, so use few of them.
           columns: M, see `block_table`.
           steps: S, at least the most tokens that a sequence gets; None rounds that number up to a
@@ -122,7 +127,9 @@ class BlockAllocator:
           TypeError, ValueError: a size or a number is not an int, or is too small; an unknown
             sequence. After any of these errors the allocator is as it was before.
         """
-        padding = check_int("batch", batch, len(tokens)) - len(tokens)
+        if not isinstance(tokens, Mapping):
+            raise TypeError(f"`tokens` must be a mapping of sequences to numbers, got {tokens!r}.")
+        padding = check_int("batch", batch, max(len(tokens), 1)) - len(tokens)
         free, references, lengths = self._free[:], self._references[:], dict(self._lengths)
         blocks = {sequence: self._blocks[self._known(sequence)][:] for sequence in tokens}
         try:
@@ -131,12 +138,12 @@ class BlockAllocator:
             steps = 1 << (most - 1).bit_length() if steps is None else steps
             steps = check_int("steps", steps, most)
             table = self.block_table([*tokens, *[None] * padding], columns)
+            starts = [*map(lengths.__getitem__, tokens), *[0] * padding]
+            positions = ragged_positions(starts, [*tokens.values(), *[0] * padding], steps)
         except Exception:
             self._free, self._references, self._lengths = free, references, lengths
             self._blocks |= blocks
             raise
-        starts = [*map(lengths.__getitem__, tokens), *[0] * padding]
-        positions = ragged_positions(starts, [*tokens.values(), *[0] * padding], steps)
         pairs = np.array([*copies, *[BlockCopy(-1, -1)] * padding], np.int32).reshape(-1, 2)
         return RaggedBatch(positions, table, *pairs.T)
 

@@ -214,6 +214,9 @@ def test_an_empty_batch_is_padding():
         ({0: 1, 1: 1}, {"batch": 1}, ValueError, "`batch` must be at least 2, got 1"),
         ({0: 2}, {"steps": 1}, ValueError, "`steps` must be at least 2, got 1"),
         ({0: 1}, {"columns": 1}, ValueError, "`columns` must be at least 2, the blocks of seq"),
+        ({0: 1}, {"steps": 2**70}, ValueError, "exceeded"),
+        ({}, {"batch": 0}, ValueError, "`batch` must be at least 1, got 0"),
+        ([0, 1], {}, TypeError, r"`tokens` must be a mapping .* got \[0, 1\]"),
     ],
 )
 def test_a_batch_that_is_refused_changes_nothing(tokens, sizes, error, message):
@@ -243,6 +246,7 @@ def refusals():
     return {
         "num_blocks": (lambda: BlockAllocator(0, 2), ValueError, "`num_blocks` must be at least 1"),
         "block_size": (lambda: BlockAllocator(2, 2.0), TypeError, "`block_size` .* got 2.0"),
+        "rows": (lambda: BlockAllocator(2, 2**30), ValueError, "rows, got 2147483648"),
         "negative": (lambda: allocator.allocate(-1), ValueError, "`length` .* at least 0, got -1"),
         "bool": (lambda: allocator.append(one, True), TypeError, "`tokens` must be an int, got Tr"),
         "full": (lambda: allocator.append(one, 4), OutOfBlocksError, "2 blocks .* 1 of 4 are free"),

@@ -215,6 +215,8 @@ def test_axis_names(axis_name, error, message, mesh):
             decode_attention(q, cache, rows, axis_name=axis_name)
         with pytest.raises(error, match=message):
             local_slots(rows, 4, axis_name)
+    with pytest.raises(TypeError, match="`axis_name` must name a mesh axis, got None"):
+        local_slots(rows, 4, None)
 
 
 @pytest.mark.parametrize("kind", ["contiguous", "paged"])

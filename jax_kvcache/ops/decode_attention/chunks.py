@@ -21,7 +21,7 @@ def target_rows(platform: str, batch: int, steps: int, q_heads: int, kv_width: i
     """How many rows of each sequence a chunk should have."""
     budget = _BUDGET.get(platform, _LARGE_BUDGET)
     bytes_per_row = 4 * batch * (2 * kv_width + 2 * q_heads * steps)
-    rows = budget // bytes_per_row if isinstance(bytes_per_row, int) else _FEWEST_ROWS
+    rows = budget // max(bytes_per_row, 1) if isinstance(bytes_per_row, int) else _FEWEST_ROWS
     most = _MOST_ROWS.get(platform, _MOST_ROWS_ELSEWHERE)
     return min(max(1 << max(rows, 1).bit_length() - 1, _FEWEST_ROWS), most)
 
@@ -94,11 +94,13 @@ class Chunks:
         steps_per_block = self.parts
         entries = self.exists.shape[1]
         total = -(-entries // self.blocks) * steps_per_block
-        last = jnp.clip(self._step_of(positions.max(initial=-1)) + 1, 0, total)
+        highest = jnp.iinfo(jnp.int32).max
+        # The step of the highest position, with 1 added, could wrap around.
+        furthest = jnp.minimum(positions.max(initial=-1), highest - 1)
+        last = jnp.clip(self._step_of(furthest) + 1, 0, total)
         if not window:
             return jnp.zeros_like(last), last
         # A query that sees nothing must not begin the loop at 0.
-        highest = jnp.iinfo(jnp.int32).max
         begins = jnp.where(positions >= 0, jnp.maximum(positions - (window - 1), 0), highest)
         first = jnp.clip(self._step_of(begins.min(initial=highest)), 0, total)
         return jnp.minimum(first, last), last

@@ -72,41 +72,31 @@ class WriteOptions(Options):
         return {"kv_output": self.kv_output}
 
 
-def _same(value, *, beside=None):
-    """`value`, behind integer operations that XLA and LLVM do not see through.
-
-    The bits are compared with a number that has all bits set but perhaps the last, and the smaller
-    one is kept.  So the bits stay as they are, but for one NaN that becomes another.
-
-    Args:
-      value: a float array.
-      beside: an array of the same shape and dtype; the result then depends on it for XLA.
-    """
-    dtype = jnp.dtype(f"uint{8 * value.dtype.itemsize}")
-    most = jnp.asarray(jnp.iinfo(dtype).max - 1, dtype)
-    if beside is not None:
-        most = lax.bitcast_convert_type(beside, dtype) | most
-    bits = lax.bitcast_convert_type(value, dtype)
-    return lax.bitcast_convert_type(jnp.minimum(bits, most), value.dtype)
-
-
 def _round(product):
     """Keeps a product from being fused or reassociated with what follows it.
 
     XLA:CPU contracts a*b + c into a fused multiply-add and reassociates (a*b)*c where b or c is one
-    constant, both of which change bits.
+    constant, both of which change bits.  XLA and LLVM do not see through this minimum of the bits,
+    which changes none but those of one NaN, all set, to those of another.
     """
-    return _same(product)
+    dtype = jnp.dtype(f"uint{8 * product.dtype.itemsize}")
+    bits = lax.bitcast_convert_type(product, dtype)
+    bits = jnp.minimum(bits, jnp.asarray(jnp.iinfo(dtype).max - 1, dtype))
+    return lax.bitcast_convert_type(bits, product.dtype)
 
 
 def _divide(value, scale):
-    """value / scale, correctly rounded.
+    """value / scale, correctly rounded; both float32.
 
     XLA turns the division by a broadcast into a multiplication by reciprocals.  It does not see the
-    broadcast in what depends on `value`, which is fused; behind an optimisation barrier, the
-    broadcast would be an array in memory.
+    broadcast in a minimum with bits of `value`, which is fused; behind an optimisation barrier, the
+    broadcast would be an array in memory.  The bits are those of some negative NaN, the largest
+    there are, so that the minimum is `scale` or, for a NaN, a NaN.  (Values that are one constant
+    while XLA compiles do not hide the broadcast.)
     """
-    return value / _same(jnp.broadcast_to(scale, value.shape), beside=value)
+    nan = lax.bitcast_convert_type(value, jnp.uint32) | jnp.uint32(0xFFC00000)
+    bits = lax.bitcast_convert_type(jnp.broadcast_to(scale, value.shape), jnp.uint32)
+    return value / lax.bitcast_convert_type(jnp.minimum(bits, nan), jnp.float32)
 
 
 def dequantize(x, weight_scale, activation_scale, bias):

@@ -1,5 +1,7 @@
 """Every implementation gives attention in float64, within the accuracy that is promised."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,6 +38,17 @@ def test_equal_values_of_many_rows(Nkv, D, weight, implementation):
     )
     value = 127 - float(offset)
     assert np.abs(np.asarray(out, np.float64) / value - 1).max() < 5e-6
+
+
+@each_implementation
+def test_the_highest_position_sees_a_cache_of_one_row(implementation):
+    cache = KVCache.create(1, 1, 1, 2, scale_k=jnp.ones((1, 2)), scale_v=jnp.ones((1, 2)))
+    cache = dataclasses.replace(cache, v_cache=jnp.full_like(cache.v_cache, 7))
+    for position in (0, 2**31 - 2, 2**31 - 1):
+        positions = np.full((1, 1), position, np.int32)
+        q = jnp.ones((1, 1, 1, 2))
+        out = decode_attention(q, cache, positions=positions, implementation=implementation)
+        np.testing.assert_array_equal(out, np.full((1, 1, 1, 2), 7.0))
 
 
 @each_implementation

@@ -5,6 +5,7 @@ turned into a multiplication, so each test fails without its guard in the refere
 """
 
 import jax
+import ml_dtypes
 import numpy as np
 from support import oracle
 from support.internals import reference
@@ -55,3 +56,15 @@ def test_quotients_are_divided():
     np.testing.assert_array_equal(
         jax.jit(lambda v: reference.quantize_int8(v, scale, None))(value), expected
     )
+
+
+def test_constant_quotients_are_divided():
+    """Constants of 16 bits have zeros for their last bits, which must not make them all alike."""
+    value = np.random.default_rng(4).uniform(-5, 5, (256, 8, 64)).astype(ml_dtypes.bfloat16)
+    codes = np.rint(value[0].astype(F32) / 0.04) + F32(0.5)
+    scale = (value[0].astype(F32) / codes).astype(F32)
+    value = np.broadcast_to(value[:1], value.shape)
+    expected = oracle.quantize(value.astype(F32), scale, None)
+    assert np.any(np.rint(value.astype(F32) * (1 / scale)) != expected)
+    constant = jax.jit(lambda scale: reference.quantize_int8(value, scale, None))
+    np.testing.assert_array_equal(constant(scale), expected)
