@@ -29,19 +29,21 @@ struct RowFinder {
   const int32_t* table;  // [M]
   int64_t blocks;        // NB
   uint32_t block_rows;   // R
-  bool has_one_block;
+  bool has_one_block;    // M = 1
+  int32_t first_block;   // then; read once
 
   JAX_KVCACHE_DEVICE RowFinder(const Arguments& a, const Place& place)
       : table(a.table + place.sequence * a.shape.table_blocks),
         blocks(a.shape.blocks),
         block_rows(static_cast<uint32_t>(a.shape.block_rows)),
-        has_one_block(a.shape.table_blocks == 1) {}
+        has_one_block(a.shape.table_blocks == 1),
+        first_block(has_one_block ? table[0] : 0) {}
 
   // Finds row `row` of the sequence, which is less than M * R. Returns whether it exists; if not,
   // `found` is a row of the cache all the same, which may be read.
   JAX_KVCACHE_DEVICE bool Find(uint32_t row, uint32_t* found) const {
     const uint32_t entry = has_one_block ? 0 : row / block_rows;
-    const int64_t block = table[entry];
+    const int64_t block = has_one_block ? first_block : table[entry];
     const bool exists = block >= 0 && block < blocks;
     *found = exists ? static_cast<uint32_t>(block) * block_rows + (row - entry * block_rows) : 0;
     return exists;
@@ -64,6 +66,16 @@ struct PlacesOfRows {
       exists[lane] = lane < Geometry<D>::kRows && number < end && finder.Find(number, &row[lane]);
     });
     exist = jax_kvcache::cuda::Ballot(exists);
+  }
+
+  // Asks for the codes of the rows that exist.
+  JAX_KVCACHE_DEVICE void Prefetch(const int8_t* k_codes, const int8_t* v_codes,
+                                   int64_t row_size) const {
+    EachLane([&](int lane) {
+      if ((exist >> lane & 1U) == 0) return;
+      jax_kvcache::cuda::Prefetch<D>(k_codes + row[lane] * row_size);
+      jax_kvcache::cuda::Prefetch<D>(v_codes + row[lane] * row_size);
+    });
   }
 };
 

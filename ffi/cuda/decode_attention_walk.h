@@ -27,15 +27,14 @@ class Walk {
   PerLane<FragmentC> total;  // the same in all of its columns
   PerLane<FragmentC> sums[G::kColumnTiles];
 
-  // Finds the warp's rows and begins to read the first of them. `shared` has what each query row
-  // sees.
+  // Finds the warp's rows and asks for the first of them. `shared` has what each query row sees.
   JAX_KVCACHE_DEVICE void Begin(const Arguments& a, const Place& place, const Shared<D>& shared,
                                 int warp) {
     FindPart(a, place, shared, warp);
     k_codes_ = CodesOf(a, a.k_cache, kKCache, place);
     v_codes_ = CodesOf(a, a.v_cache, kVCache, place);
-    places_ = PlacesOfRows<D>(RowFinder(a, place), begin_, end_);
-    if (begin_ < end_) rows_.Read(places_, k_codes_, v_codes_, int64_t{a.kv_heads} * D);
+    row_size_ = int64_t{a.kv_heads} * D;
+    AskFor(RowFinder(a, place), begin_);
   }
 
   // Goes through the rows. `shared` has the query rows as factors too.
@@ -45,20 +44,25 @@ class Walk {
     const float one_over_cap = 1.0f / a.shape.soft_cap;
     for (; begin_ < end_; begin_ += G::kRows) {
       const uint32_t exist = places_.exist;
-      const bool last = end_ - begin_ <= G::kRows;
-      // The table is read while codes are on their way.
-      if (!last) places_ = PlacesOfRows<D>(finder, begin_ + G::kRows, end_);
+      rows_.Read(places_, k_codes_, v_codes_, row_size_);
+      // The next rows come from memory while these are in use, so that reading them takes little.
+      AskFor(finder, begin_ + G::kRows);
       Scores(shared);
       if (a.shape.soft_cap != 0.0f) Cap(shared, a.shape.soft_cap, one_over_cap);
       if (!AllAreSeen(exist)) Mask(shared, exist);
       Rescale();
       Accumulate();
-      if (!last) rows_.Read(places_, k_codes_, v_codes_, int64_t{a.kv_heads} * D);
     }
   }
 
  private:
   static constexpr int kParts = G::kRows / 8;  // of the scores: products with eight rows
+
+  // Finds the places of the rows from `begin` on and asks for their codes.
+  JAX_KVCACHE_DEVICE void AskFor(const RowFinder& finder, uint32_t begin) {
+    places_ = PlacesOfRows<D>(finder, begin, end_);
+    places_.Prefetch(k_codes_, v_codes_, row_size_);
+  }
 
   JAX_KVCACHE_DEVICE void Start(const Arguments& a, const Shared<D>& shared) {
     const float unit = a.shape.soft_cap != 0.0f ? 1.0f : kLog2E;
@@ -260,6 +264,7 @@ class Walk {
   uint32_t end_;
   const int8_t* k_codes_;
   const int8_t* v_codes_;
+  int64_t row_size_;  // Nkv * D
   PlacesOfRows<D> places_;  // of the rows that are read next
   Rows<D> rows_;
   PerLane<FragmentC> scores_[kParts];

@@ -97,6 +97,17 @@ __device__ __forceinline__ uint32_t Subtract1152(uint32_t halves) {
   return halves;
 }
 
+// Asks for kBytes bytes of a cache to be brought into the card's L2 cache, and waits for nothing.
+// One request brings a line of 128 bytes.
+template <int kBytes>
+__device__ __forceinline__ void Prefetch(const int8_t* from) {
+#pragma unroll
+  for (int i = 0; i < kBytes; i += 128) asm volatile("prefetch.global.L2 [%0];" : : "l"(from + i));
+  if constexpr (kBytes < 128 && 128 % kBytes != 0) {  // they may lie in two lines
+    asm volatile("prefetch.global.L2 [%0];" : : "l"(from + kBytes - 1));
+  }
+}
+
 // Reads kBytes bytes of a cache, which no later step of this kernel reads again.
 template <int kBytes>
 __device__ __forceinline__ Pack<uint32_t, kBytes / 4> LoadCodes(const int8_t* from) {

@@ -125,6 +125,13 @@ inline uint32_t Subtract1152(uint32_t halves) {
                     ToHalf(HalfOfWord(halves, 1) - 1152.0f));
 }
 
+// Reads the bytes' ends, so that the sanitizers see what is asked for outside of an array.
+template <int kBytes>
+void Prefetch(const int8_t* from) {
+  static_cast<void>(*static_cast<const volatile int8_t*>(from));
+  static_cast<void>(*static_cast<const volatile int8_t*>(from + kBytes - 1));
+}
+
 template <int kBytes>
 Pack<uint32_t, kBytes / 4> LoadCodes(const int8_t* from) {
   return *reinterpret_cast<const Pack<uint32_t, kBytes / 4>*>(from);
