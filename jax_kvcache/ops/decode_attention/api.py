@@ -148,6 +148,7 @@ def canonical_operands(call: Call) -> tuple[Operands, AttentionOptions, jax.Arra
     Returns:
       The operands, the options, and whether the layer exists, as an array where it is traced.
     """
+    consecutive = call.lengths is not None
     call = check_call(call)
     cache = call.cache
     at = layer_index(cache.layers, call.layer)
@@ -190,6 +191,7 @@ def canonical_operands(call: Call) -> tuple[Operands, AttentionOptions, jax.Arra
         soft_cap=call.soft_cap,
         return_lse=bool(call.return_lse),
         contiguous=is_contiguous,
+        consecutive=consecutive,
         partial=bool(call.return_lse),
         axes=axes,
     )

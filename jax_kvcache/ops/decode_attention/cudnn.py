@@ -128,21 +128,33 @@ def attend(
         return call(numbers, seen.any(axis=2), mask=seen[:, None])
 
     def over(
-        part: Callable[[jax.Array, int], Partial], size: int, end: jax.Array, total: Partial | None
+        part: Callable[[jax.Array, int], Partial],
+        size: int,
+        rows_needed: jax.Array | int,
+        total: Partial | None,
     ) -> Partial:
-        """Merges pieces of `size` rows: as many as `end` [B] rows need, and at least one."""
+        """Merges pieces of `size` rows: as many as are needed, and at least one."""
         first = part(jnp.int32(0), size)
         total = first if total is None else total.merged(first)
-        if rows.capacity <= size:
+        known = rows_needed if isinstance(rows_needed, int) else rows.capacity
+        if min(known, rows.capacity) <= size:
             return total
-        steps = -(-end.max(initial=0) // size)
+        steps = -(-rows_needed // size)
         return lax.fori_loop(1, steps, lambda i, old: old.merged(part(i, size)), total)
 
-    # The host waits for a loop's condition. The loop over the masked rows, which has no steps where
-    # up to 2,048 queries are consecutive, is last, so that all kernels before it are launched then.
-    total = None if options.window else over(unmasked, rows.most_together(), shared, None)
+    # The host waits for the condition of a loop whose length is not known before. The one over the
+    # masked rows, which has no steps where up to 2,048 queries are consecutive, is last, so that
+    # all kernels before it are launched then.
+    total = None
+    if not options.window:
+        total = over(unmasked, rows.most_together(), shared.max(initial=0), None)
     size = min(-(-queries // _MULTIPLE) * _MULTIPLE, _MASKED_ROWS)
-    total = over(masked, size, jnp.where(last >= 0, last + 1 - begin, 0), total)
+    if options.consecutive and options.contiguous:
+        # A sequence's only block is there, or none of its rows is.
+        needed = queries + max(options.window - 1, 0)
+    else:
+        needed = jnp.where(last >= 0, last + 1 - begin, 0).max(initial=0)
+    total = over(masked, size, needed, total)
     return _values(ops, q, centre, total)
 
 

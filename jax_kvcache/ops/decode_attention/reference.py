@@ -66,6 +66,7 @@ class AttentionOptions(Options):
       soft_cap: the scores become soft_cap * tanh(score / soft_cap); 0: they stay.
       return_lse: whether the log-sum-exp is a result.
       contiguous: whether sequence b reads block b of the last block dimension, of one layer.
+      consecutive: whether the positions of a sequence follow each other; known from `lengths`.
       partial: whether the caller may merge this with the rest; only checkify's rule asks.
       axes: inside `jax.shard_map`, the axes that the rows are spread over; likewise.
     """
@@ -75,6 +76,7 @@ class AttentionOptions(Options):
     soft_cap: float
     return_lse: bool
     contiguous: bool
+    consecutive: bool
     partial: bool
     axes: Axes
 

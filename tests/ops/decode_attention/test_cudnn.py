@@ -105,6 +105,48 @@ def test_equals_float64_in_small_pieces(name, in_float32, monkeypatch):
     check(TAKEN[name], consecutive=name in PROMPTS)
 
 
+LENGTHS = {
+    "prompt of several tiles": Call(B=3, S=70, rows=200),
+    "longer than the cache": Call(B=3, S=70, rows=30),
+    "window": Call(B=3, S=50, rows=300, window=40),
+    "layers": Call(B=3, S=50, rows=300, layers=2),
+    "paged": Call(kind="paged", B=3, S=33, rows=400, holes=True),
+}
+
+
+@pytest.mark.parametrize("pieces", ["large pieces", "small pieces"])
+@pytest.mark.parametrize("name", LENGTHS)
+def test_lengths_equal_positions(name, pieces, in_float32, monkeypatch):
+    """Also where a sequence has fewer rows than queries, or more than the cache."""
+    if pieces == "small pieces":
+        for number, size in (("_MULTIPLE", 8), ("_MASKED_ROWS", 16), ("_BUDGET", 1)):
+            monkeypatch.setattr(cudnn, number, size)
+    call = LENGTHS[name]
+    q, cache, keywords = call.draw()
+    lengths = np.array([call.rows, 7, call.rows + 25], np.int32)
+    keywords["positions"] = lengths[:, None] + np.arange(-call.S, 0, dtype=np.int32)
+    expected, expected_lse, score, value = attention.in_float64(q, cache, **keywords)
+    out, lse = attend(*canonical(q, cache, keywords | {"positions": None, "lengths": lengths}))
+    attention.assert_close(out, expected, value, score)
+    np.testing.assert_allclose(lse, expected_lse, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 700])
+@pytest.mark.parametrize("given", ["lengths", "positions"])
+def test_no_loop_of_unknown_length(given, window, in_place_of_cudnn):
+    """The host would wait for its condition. A prompt given by its length has none."""
+    q, cache, keywords = Call(B=2, S=64, rows=3000, dtype=BF16, window=window).draw()
+    keywords[given] = np.full((2,) if given == "lengths" else (2, 64), 2000, np.int32)
+    if given == "lengths":
+        keywords["positions"] = None
+    operands, options = canonical(q, cache, keywords)
+    run = functools.partial(
+        attention_reference.decode_attention_reference, options=options, platform="cuda"
+    )
+    loops = str(jax.make_jaxpr(run)(operands)).count(" while[")
+    assert loops == (0 if given == "lengths" else 1)
+
+
 PROMPT = Call(B=1, S=96, D=64, rows=1100, q_size=0.2, spread=8.0, dtype=BF16)
 INEXACT = {
     "mean of V near zero": PROMPT,
