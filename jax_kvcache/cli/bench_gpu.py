@@ -1,5 +1,6 @@
 """`python -m jax_kvcache bench` on an NVIDIA GPU: both operators beside XLA, cuDNN and a copy."""
 
+import dataclasses
 import functools
 import json
 import statistics
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jax_kvcache import backends
 from jax_kvcache.backends.cuda import MAX_QUERIES
@@ -101,7 +103,7 @@ def kernel_microseconds(step: Callable, state: Any, *arguments: Any) -> float:
 def copy_bandwidth(rounds: int) -> float:
     """Bytes per second, read and written together, of a large elementwise operation."""
     array = jnp.zeros(COPIED_BYTES // 4, jnp.float32)
-    step = jax.jit(lambda a: (a + 1, 0), donate_argnums=0)
+    step = jax.jit(lambda a: (a + 1, ()), donate_argnums=0)
     return 2 * COPIED_BYTES / (microseconds(step, array, rounds=rounds) * 1e-6)
 
 
@@ -130,25 +132,30 @@ def _write_steps(tokens: int) -> tuple[Steps, int]:
 
 
 def _cache(read: Read) -> tuple[KVCache | PagedKVCache, jax.Array | None]:
-    rng = np.random.default_rng(0)
     scale = np.full((Nkv, D), 0.02, np.float32)
+    cache: KVCache | PagedKVCache
     if read.block is None:
-        return KVCache.create(read.B, read.rows, Nkv, D, scale_k=scale, scale_v=scale), None
-    blocks = read.B * read.rows // read.block
-    table = jnp.asarray(rng.permutation(blocks).reshape(read.B, -1), jnp.int32)
-    return PagedKVCache.create(blocks, read.block, Nkv, D, scale_k=scale, scale_v=scale), table
+        cache, table = KVCache.create(read.B, read.rows, Nkv, D, scale_k=scale, scale_v=scale), None
+    else:
+        blocks = read.B * read.rows // read.block
+        cache = PagedKVCache.create(blocks, read.block, Nkv, D, scale_k=scale, scale_v=scale)
+        order = np.random.default_rng(0).permutation(blocks)
+        table = jnp.asarray(order.reshape(read.B, -1), jnp.int32)
+    codes = [jax.random.bits(jax.random.key(i), cache.k_cache.shape, jnp.uint8) for i in range(2)]
+    k_cache, v_cache = (lax.bitcast_convert_type(c, jnp.int8) for c in codes)
+    return dataclasses.replace(cache, k_cache=k_cache, v_cache=v_cache), table
 
 
 def _read_steps(read: Read) -> Steps:
     cache, table = _cache(read)
-    q = jnp.ones((read.B, read.S, Nq, D), jnp.bfloat16)
+    q = jax.random.normal(jax.random.key(2), (read.B, read.S, Nq, D), jnp.bfloat16)
     lengths = jnp.full((read.B,), read.rows, jnp.int32)
 
     def step(state, cache, implementation):
         out = decode_attention(
             state, cache, lengths, block_table=table, implementation=implementation
         )
-        return out, 0
+        return out, ()
 
     def steps(name):
         jitted = jax.jit(functools.partial(step, implementation=name))
@@ -156,14 +163,14 @@ def _read_steps(read: Read) -> Steps:
 
     timed = {"native": steps(None if read.S > MAX_QUERIES else "ffi"), "xla": steps("xla")}
     if read.block is None:
-        # Of their own, so that as much is read as of a cache.
-        k, v = (jnp.full((read.B, read.rows, Nkv, D), value, jnp.bfloat16) for value in (1, 2))
+        shape = (read.B, read.rows, Nkv, D)
+        k, v = (jax.random.normal(jax.random.key(i), shape, jnp.bfloat16) for i in (3, 4))
 
         def cudnn(state, k, v):
             out = jax.nn.dot_product_attention(
                 state, k, v, key_value_seq_lengths=lengths, implementation="cudnn"
             )
-            return out, 0
+            return out, ()
 
         timed["cudnn_bfloat16"] = (lambda: q, jax.jit(cudnn), (k, v))
     return timed

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from support.internals import bench_gpu
 
@@ -31,6 +32,22 @@ def test_a_profile_is_taken():
     """On a CPU there is no GPU in it, so the time is 0."""
     step = jax.jit(lambda state: (state + 1, state))
     assert bench_gpu.kernel_microseconds(step, jnp.zeros(3)) == 0
+
+
+@pytest.mark.parametrize("block", [None, 16])
+def test_what_attention_reads(block):
+    """Codes of all kinds, and no result that XLA would have to copy beside the one that counts."""
+    steps = bench_gpu._read_steps(bench_gpu.Read(2, 64, block))
+    assert ("cudnn_bfloat16" in steps) == (block is None)
+    make_state, step, (cache,) = steps["xla"]
+    state, rest = step(make_state(), cache)
+    assert state.shape == (2, 1, bench_gpu.Nq, bench_gpu.D)
+    assert not jax.tree.leaves(rest)
+    assert (
+        len(np.unique(np.asarray(cache.k_cache)))
+        == len(np.unique(np.asarray(cache.v_cache)))
+        == 256
+    )
 
 
 def test_wall_time():
