@@ -264,7 +264,7 @@ class Walk {
   uint32_t end_;
   const int8_t* k_codes_;
   const int8_t* v_codes_;
-  int64_t row_size_;  // Nkv * D
+  int64_t row_size_;        // Nkv * D
   PlacesOfRows<D> places_;  // of the rows that are read next
   Rows<D> rows_;
   PerLane<FragmentC> scores_[kParts];

@@ -98,7 +98,7 @@ __device__ __forceinline__ uint32_t Subtract1152(uint32_t halves) {
 }
 
 // Asks for kBytes bytes of a cache to be brought into the card's L2 cache, and waits for nothing.
-// One request brings a line of 128 bytes.
+// One request brings a line of 128 bytes; XLA's arrays begin at a line.
 template <int kBytes>
 __device__ __forceinline__ void Prefetch(const int8_t* from) {
 #pragma unroll

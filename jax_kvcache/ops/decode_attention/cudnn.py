@@ -143,15 +143,16 @@ def attend(
         return lax.fori_loop(1, steps, lambda i, old: old.merged(part(i, size)), total)
 
     # The host waits for the condition of a loop whose length is not known before. The one over the
-    # masked rows, which has no steps where up to 2,048 queries are consecutive, is last, so that
-    # all kernels before it are launched then.
+    # masked rows, which without a window has no steps where up to 2,048 queries are consecutive, is
+    # last, so that all kernels before it are launched then.
     total = None
     if not options.window:
         total = over(unmasked, rows.most_together(), shared.max(initial=0), None)
     size = min(-(-queries // _MULTIPLE) * _MULTIPLE, _MASKED_ROWS)
-    if options.consecutive and options.contiguous:
-        # A sequence's only block is there, or none of its rows is.
-        needed = queries + max(options.window - 1, 0)
+    if options.consecutive and options.contiguous and not options.window:
+        # A sequence's only block is there, or none of its rows is. With a window, a short sequence
+        # needs far fewer rows than a long one.
+        needed = min(queries, rows.capacity)
     else:
         needed = jnp.where(last >= 0, last + 1 - begin, 0).max(initial=0)
     total = over(masked, size, needed, total)

@@ -131,20 +131,40 @@ def test_lengths_equal_positions(name, pieces, in_float32, monkeypatch):
     np.testing.assert_allclose(lse, expected_lse, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("window", [None, 700])
-@pytest.mark.parametrize("given", ["lengths", "positions"])
-def test_no_loop_of_unknown_length(given, window, in_place_of_cudnn):
-    """The host would wait for its condition. A prompt given by its length has none."""
+@pytest.mark.parametrize(
+    ("given", "window", "loops"),
+    [("lengths", None, 0), ("positions", None, 1), ("lengths", 700, 1), ("positions", 700, 1)],
+)
+def test_loops_of_unknown_length(given, window, loops, in_place_of_cudnn):
+    """The host would wait for their conditions. A prompt given by its length has none."""
     q, cache, keywords = Call(B=2, S=64, rows=3000, dtype=BF16, window=window).draw()
+    del keywords["positions"]
     keywords[given] = np.full((2,) if given == "lengths" else (2, 64), 2000, np.int32)
-    if given == "lengths":
-        keywords["positions"] = None
     operands, options = canonical(q, cache, keywords)
     run = functools.partial(
         attention_reference.decode_attention_reference, options=options, platform="cuda"
     )
-    loops = str(jax.make_jaxpr(run)(operands)).count(" while[")
-    assert loops == (0 if given == "lengths" else 1)
+    assert str(jax.make_jaxpr(run)(operands)).count(" while[") == loops
+
+
+@pytest.mark.parametrize(("steps", "calls"), [(8, 2), (24, 4), (100, 5)])
+def test_calls_of_cudnn(steps, calls, in_place_of_cudnn, monkeypatch):
+    """All rows together, then 8 at a time: as many rows as there are queries, or in the cache."""
+    for number, size in (("_MULTIPLE", 8), ("_MASKED_ROWS", 8), ("_SAMPLE", 8)):
+        monkeypatch.setattr(cudnn, number, size)
+    done = []
+
+    def count(q, k, v, **keywords):
+        jax.debug.callback(done.append, 0)
+        return in_xla(q, k, v, **keywords)
+
+    monkeypatch.setattr(compat, "cudnn_attention", count)
+    q, cache, keywords = Call(B=1, S=steps, rows=30, dtype=BF16).draw()
+    del keywords["positions"]
+    operands, options = canonical(q, cache, keywords | {"lengths": np.array([30], np.int32)})
+    jax.block_until_ready(attend(operands, options))
+    jax.effects_barrier()
+    assert len(done) == calls
 
 
 PROMPT = Call(B=1, S=96, D=64, rows=1100, q_size=0.2, spread=8.0, dtype=BF16)
