@@ -30,7 +30,7 @@ struct RowFinder {
   int64_t blocks;        // NB
   uint32_t block_rows;   // R
   bool has_one_block;    // M = 1
-  int32_t first_block;   // then; read once
+  int32_t first_block;   // table[0] if M = 1, which is not read again for each row
 
   JAX_KVCACHE_DEVICE RowFinder(const Arguments& a, const Place& place)
       : table(a.table + place.sequence * a.shape.table_blocks),

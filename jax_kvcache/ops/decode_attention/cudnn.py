@@ -136,8 +136,7 @@ def attend(
         """Merges pieces of `size` rows: as many as are needed, and at least one."""
         first = part(jnp.int32(0), size)
         total = first if total is None else total.merged(first)
-        known = rows_needed if isinstance(rows_needed, int) else rows.capacity
-        if min(known, rows.capacity) <= size:
+        if (rows_needed if isinstance(rows_needed, int) else rows.capacity) <= size:
             return total
         steps = -(-rows_needed // size)
         return lax.fori_loop(1, steps, lambda i, old: old.merged(part(i, size)), total)

@@ -98,10 +98,14 @@ def test_equals_float64(name, consecutive, in_float32):
     check(PROMPTS[name], consecutive)
 
 
-@pytest.mark.parametrize("name", TAKEN)
-def test_equals_float64_in_small_pieces(name, in_float32, monkeypatch):
+def read_in_small_pieces(monkeypatch):
     for number, size in (("_MULTIPLE", 8), ("_MASKED_ROWS", 16), ("_BUDGET", 1)):
         monkeypatch.setattr(cudnn, number, size)
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_equals_float64_in_small_pieces(name, in_float32, monkeypatch):
+    read_in_small_pieces(monkeypatch)
     check(TAKEN[name], consecutive=name in PROMPTS)
 
 
@@ -119,8 +123,7 @@ LENGTHS = {
 def test_lengths_equal_positions(name, pieces, in_float32, monkeypatch):
     """Also where a sequence has fewer rows than queries, or more than the cache."""
     if pieces == "small pieces":
-        for number, size in (("_MULTIPLE", 8), ("_MASKED_ROWS", 16), ("_BUDGET", 1)):
-            monkeypatch.setattr(cudnn, number, size)
+        read_in_small_pieces(monkeypatch)
     call = LENGTHS[name]
     q, cache, keywords = call.draw()
     lengths = np.array([call.rows, 7, call.rows + 25], np.int32)
