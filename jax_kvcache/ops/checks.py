@@ -8,7 +8,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from jax_kvcache.ops.slots import INT32_MAX, Axes
+from jax_kvcache.ops.slots import INT32_MAX, Axes, axes_named
 
 INT8 = (jnp.dtype("int8"),)
 INT32 = (jnp.dtype("int32"),)
@@ -104,21 +104,20 @@ def check_axis_name(axis_name: Any) -> Axes:
       TypeError: it is no string and no tuple of strings.
       ValueError: the place of the call has no such axis.
     """
-    names = (axis_name,) if isinstance(axis_name, str) else axis_name
-    if names is None:
-        return ()
-    if not isinstance(names, tuple | list) or not all(isinstance(name, str) for name in names):
+    known = axis_name is None or isinstance(axis_name, str | tuple | list)
+    if not known or not all(isinstance(name, str) for name in axes_named(axis_name)):
         raise TypeError(
             f"`axis_name` must be a string, a tuple of strings or None, got {axis_name!r}."
         )
+    axes = axes_named(axis_name)
     try:
-        lax.axis_size(tuple(names))
+        lax.axis_size(axes)
     except NameError as error:
         raise ValueError(
             "`axis_name` must name mesh axes that are manual where it is used, inside "
             f"jax.shard_map, got {axis_name!r}."
         ) from error
-    return tuple(names)
+    return axes
 
 
 def check_int32(
