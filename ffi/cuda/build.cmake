@@ -47,6 +47,7 @@ message(STATUS "jax_kvcache is built with its CUDA backend, by ${CMAKE_CUDA_COMP
 set(CMAKE_CUDA_STANDARD 17)
 set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
+set(CUDA_HEAD_DIMS 64 80 96 112 128 192 256)  # for which attention's kernel is compiled
 
 # Adds the handlers and the kernels to a library. The CUDA runtime is linked statically and looks for the
 # driver when it is first used, so that the library loads on a machine without one.
@@ -55,7 +56,7 @@ function(add_cuda_backend library)
   add_cuda_kernel(${library} card cuda/card.cu)
   add_cuda_kernel(${library} dequant_rope_quant_kvcache cuda/dequant_rope_quant_kvcache_kernel.cu)
   add_cuda_kernel(${library} decode_attention_merge cuda/decode_attention_merge.cu)
-  foreach(head_dim 64 80 96 112 128 192 256)
+  foreach(head_dim ${CUDA_HEAD_DIMS})
     add_cuda_kernel(${library} decode_attention_${head_dim} cuda/decode_attention_kernel_variant.cu)
     target_compile_definitions(cuda_decode_attention_${head_dim} PRIVATE JAX_KVCACHE_HEAD_DIM=${head_dim})
   endforeach()

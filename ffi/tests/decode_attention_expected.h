@@ -166,6 +166,7 @@ struct Tolerance {
   double least;
   double per_score;
   double per_code_score;
+  double per_term;  // of the log-sum-exp's error, which is that of the scores: of sums in float32
   // The size: the largest value of V that the query head sees, or the largest result of the call,
   // which is smaller where many values cancel out.
   bool is_of_values;
@@ -207,8 +208,7 @@ inline double CheckResults(const Call& got, const Shape& shape, const std::vecto
     }
     if (!shape.return_lse) continue;
     const double lse = NumberAt(got.rets[kLse], static_cast<int64_t>(row));
-    // The log-sum-exp has the scores' own error, which is that of sums in float32.
-    const double allowed = tolerance.Of(e) + 0x1p-22 * e.largest_terms;
+    const double allowed = tolerance.Of(e) + tolerance.per_term * e.largest_terms;
     const bool is_near = std::isinf(e.lse) ? lse == e.lse : std::fabs(lse - e.lse) <= allowed;
     if (!is_near) {
       Fail(at + ": lse: expected " + std::to_string(e.lse) + ", got " + std::to_string(lse));

@@ -57,6 +57,7 @@ struct Options {
   int64_t window = 0;
   float soft_cap = 0;
   float q_factor = 1;  // q's numbers, which are below 2, are multiplied by it
+  float outlier = 1;   // and one in each query head by this
   // Any 32 bits in the table and the positions, and any bits in the floating point operands.
   bool hostile = false;
 };
@@ -103,16 +104,14 @@ inline Options RandomOptions(Random& random, int64_t rows) {
   return o;
 }
 
-// Multiplies every number and rounds it to its type.
-inline void Multiply(OwnedTensor* t, float factor) {
-  for (size_t i = 0; i < t->Count(); ++i) {
-    if (t->dtype() == DType::kF32) {
-      t->Set(i, t->Get<float>(i) * factor);
-    } else if (t->dtype() == DType::kBF16) {
-      t->Set(i, standin::ToBfloat(standin::BfloatToFloat(t->Get<uint16_t>(i)) * factor));
-    } else {
-      t->Set(i, standin::ToHalf(standin::HalfToFloat(t->Get<uint16_t>(i)) * factor));
-    }
+// Multiplies a number and rounds it to its type.
+inline void Multiply(OwnedTensor* t, size_t i, float factor) {
+  if (t->dtype() == DType::kF32) {
+    t->Set(i, t->Get<float>(i) * factor);
+  } else if (t->dtype() == DType::kBF16) {
+    t->Set(i, standin::ToBfloat(standin::BfloatToFloat(t->Get<uint16_t>(i)) * factor));
+  } else {
+    t->Set(i, standin::ToHalf(standin::HalfToFloat(t->Get<uint16_t>(i)) * factor));
   }
 }
 
@@ -138,7 +137,13 @@ inline RandomCall MakeRandomCall(Random& random, const Sizes& s, const Options& 
   c.return_lse = o.return_lse;
   c.args[kQ].Reset(o.dtype, all({s.sequences, s.queries, s.num_q_heads, s.head_dim}));
   FillFloats(random, &c.args[kQ], -2, 2, o.hostile);
-  if (o.q_factor != 1) Multiply(&c.args[kQ], o.q_factor);
+  for (size_t i = 0; o.q_factor != 1 && i < c.args[kQ].Count(); ++i) {
+    Multiply(&c.args[kQ], i, o.q_factor);
+  }
+  for (size_t i = 0; o.outlier != 1 && i < c.args[kQ].Count();
+       i += static_cast<size_t>(s.head_dim)) {
+    Multiply(&c.args[kQ], i + static_cast<size_t>(Below(random, s.head_dim)), o.outlier);
+  }
   for (const Arg arg : {kKCache, kVCache}) {
     c.args[arg].Reset(DType::kS8,
                       shared(join(s.blocks, {s.block_rows, s.num_kv_heads, s.head_dim})));
