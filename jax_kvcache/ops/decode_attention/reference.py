@@ -149,8 +149,8 @@ def _without_groups(ops: Operands, contiguous: bool) -> _Flat:
     blocks: list[Any] = []
     blocks += reversed(unravel_in_bounds(number, n_dims))
     sequence = jnp.arange(count * batch, dtype=jnp.int32)[:, None] // batch
-    for group, size in zip(reversed(groups), reversed(ops.k_cache.shape[:rank]), strict=True):
-        blocks.append(jnp.broadcast_to(sequence % group if size != 1 else 0, table.shape))
+    for group in reversed(groups):  # a cache that all examples share has 1, to which reads clip
+        blocks.append(jnp.broadcast_to(sequence % group, table.shape))
         sequence = sequence // group
     scale_k, scale_v = parameter(ops.scale_k), parameter(ops.scale_v)
     assert scale_k is not None

@@ -1,5 +1,6 @@
 """decode_attention under JAX's transforms, in its lowered programs, and what explain says of it."""
 
+import dataclasses
 import functools
 import re
 
@@ -23,6 +24,7 @@ from jax_kvcache import (
 
 each_implementation = pytest.mark.parametrize("implementation", ["xla", "ffi"])
 each_kind = pytest.mark.parametrize("kind", ["contiguous", "paged"])
+FIELDS = ["k_cache", "v_cache", "scale_k", "scale_v", "offset_k", "offset_v"]
 TARGET = 'custom_call_target="decode_attention"'
 
 
@@ -33,34 +35,23 @@ def drawn(kind, seed=0, **sizes):
 
 @each_implementation
 @each_kind
-@pytest.mark.parametrize("mapped", ["q", "cache", "both", "scales"])
+@pytest.mark.parametrize("mapped", ["q", *FIELDS, "k_cache v_cache", " ".join(["q", *FIELDS])])
 def test_vmap_equals_a_loop(mapped, kind, implementation):
+    """Whatever differs between the examples; the rest is the first example's."""
     calls = [drawn(kind, seed, sinks=True, offset=3.0) for seed in range(3)]
-    keywords = calls[0][2] | {"implementation": implementation}
-    (q, cache, _), others = calls[0], [c[1] for c in calls]
-    if mapped == "scales":
-        others = [KVCache if kind == "contiguous" else PagedKVCache] * 3
-        others = [
-            cls(cache.k_cache, cache.v_cache, c[1].scale_k, *[getattr(cache, n) for n in
-                ("scale_v", "offset_k", "offset_v", "layers")])
-            for cls, c in zip(others, calls, strict=True)
-        ]  # fmt: skip
-    qs = [c[0] for c in calls] if mapped in ("q", "both") else [q] * 3
-    caches = [cache] * 3 if mapped == "q" else others
-    axes = (0 if mapped in ("q", "both") else None, None if mapped == "q" else 0)
-    stack = lambda trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)  # noqa: E731
-    if mapped == "scales":
-        scale_axes = jax.tree.map(lambda _: None, cache)
-        scale_axes = type(cache)(None, None, 0, None, None, None, cache.layers)
-        axes = (None, scale_axes)
-        stacked = type(cache)(
-            cache.k_cache, cache.v_cache, jnp.stack([c.scale_k for c in caches]), cache.scale_v,
-            cache.offset_k, cache.offset_v, cache.layers,
-        )  # fmt: skip
-    else:
-        stacked = cache if axes[1] is None else stack(caches)
-    attend = functools.partial(decode_attention, **keywords)
-    out = jax.jit(jax.vmap(attend, in_axes=axes))(q if axes[0] is None else stack(qs), stacked)
+    q, cache, keywords = calls[0]
+    attend = functools.partial(decode_attention, **keywords, implementation=implementation)
+    names = mapped.split()
+    qs = [own if "q" in names else q for own, _, _ in calls]
+    fields = [name for name in FIELDS if name in names]
+    caches = [
+        dataclasses.replace(cache, **{name: getattr(own, name) for name in fields})
+        for _, own, _ in calls
+    ]
+    stacked = {name: jnp.stack([getattr(own, name) for own in caches]) for name in fields}
+    axes = dataclasses.replace(cache, **dict.fromkeys(FIELDS) | dict.fromkeys(fields, 0))
+    over = jax.vmap(attend, in_axes=(0 if "q" in names else None, axes))
+    out = jax.jit(over)(jnp.stack(qs) if "q" in names else q, dataclasses.replace(cache, **stacked))
     for i in range(3):
         np.testing.assert_allclose(out[i], attend(qs[i], caches[i]), rtol=1e-5, atol=1e-6)
 
