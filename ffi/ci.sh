@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The native libraries' own checks: format, lint, tests, sanitizers, aarch64 under qemu, and the CUDA
-# kernels, which run on the host in the tests and which nvcc compiles where there is one. It builds in a
-# temporary directory. PYTHON is a Python whose jaxlib has the FFI headers.
+# kernels, which run on the host in the tests, also as the PTX of an nvcc where there is one. It builds in
+# a temporary directory. PYTHON is a Python whose jaxlib has the FFI headers.
 set -euo pipefail
 cd "$(dirname "$0")"
 

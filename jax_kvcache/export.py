@@ -5,6 +5,7 @@ import dataclasses
 from typing import TypeVar
 
 import jax.export
+import numpy as np
 
 from jax_kvcache import backends
 
@@ -43,11 +44,16 @@ def register_dataclass_serialization(cls: _Class) -> _Class:
     def deserialize(data: bytes) -> object:
         return ast.literal_eval(data.decode())
 
+    def serialize(static: object) -> bytes:
+        # NumPy's numbers, which compare equal to Python's, have a repr that is no literal.
+        plain = jax.tree.map(lambda n: n.item() if isinstance(n, np.generic) else n, static)
+        return repr(plain).encode()
+
     assert dataclasses.is_dataclass(cls)
     jax.export.register_pytree_node_serialization(
         cls,
         serialized_name=f"jax_kvcache.{cls.__name__}",
-        serialize_auxdata=lambda static: repr(static).encode(),
+        serialize_auxdata=serialize,
         deserialize_auxdata=deserialize,
     )
     return cls

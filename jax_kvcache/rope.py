@@ -132,7 +132,9 @@ def _cos_and_sin(
     """
     words = _turns_per_position(frequencies)
     high, low = (jnp.asarray(word)[None, None, :] for word in words)
-    positions = jnp.asarray(positions).astype(jnp.int32)[:, :, None]
+    positions = jnp.asarray(positions)[:, :, None]
+    if not jnp.issubdtype(positions.dtype, jnp.unsignedinteger):
+        positions = positions.astype(jnp.int32)
     position = jnp.abs(positions).astype(jnp.uint32)
     fraction, carried = position * low, _high_word(position, low)
     phase = position * high + carried  # whole: 2**32 units; `fraction` is 2**-32 of a unit

@@ -1,5 +1,6 @@
 """Everything of ours that an exported function may take or return goes through its bytes."""
 
+import dataclasses
 import pickle
 
 import jax
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 from support import process, public_calls
 
-from jax_kvcache import disabled_export_checks
+from jax_kvcache import KVCache, disabled_export_checks
 
 # Calls that return what jax.export has to know: caches, observers and the results' tuples.
 CALLS = (
@@ -50,6 +51,17 @@ def test_there_and_back(name):
     want = jax.jit(public_calls.calls()[name])(arrays)
     assert jax.tree.structure(got) == jax.tree.structure(want)
     jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_sizes_of_numpy():
+    """They equal Python's everywhere else, and come back as those."""
+    cache = KVCache.create(
+        1, 4, 1, 2, layers=2, **{f"scale_{n}": np.ones((1, 2), "f") for n in "kv"}
+    )
+    for given in (cache, dataclasses.replace(cache, layers=np.int64(2), num_q_heads=np.int32(4))):
+        exported = jax.export.export(jax.jit(lambda cache: cache))(given)
+        again = jax.export.deserialize(exported.serialize()).call(given)
+        assert (again.layers, again.num_q_heads) == (given.layers, given.num_q_heads)
 
 
 def test_in_a_fresh_process(tmp_path):

@@ -57,6 +57,10 @@ def calibrate_prompt(
     if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 < margin < 2**20:
         raise ValueError(f"`margin` must be a number in (0, 2**20), got {margin!r}.")
     batch, steps = k.shape[-4:-2]
+    if 0 in k.shape:
+        raise ValueError(
+            f"`k` must have tokens and channels, got shape [{letters}] = {list(k.shape)}."
+        )
     is_read = jnp.ones((batch, steps), bool)
     if lengths is not None:
         lengths = check_int32("lengths", lengths, "B", (batch,))

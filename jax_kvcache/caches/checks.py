@@ -75,10 +75,14 @@ def layer_index(layers: int | None, layer: ArrayLike | None) -> Layer | None:
 
 def check_positions(positions: ArrayLike, letters: str, x: jax.Array) -> jax.Array:
     """Returns `positions` as an array; raises unless they fit a 3-D `x`."""
-    if jnp.ndim(x) != 3:
-        raise TypeError(f"`x` must have shape [B, S, H], got {list(jnp.shape(x))}.")
+    if not hasattr(x, "shape"):
+        raise TypeError(
+            f"`x` must be an array or a tuple (q, k, v) of arrays, got {type(x).__name__}."
+        )
+    if len(x.shape) != 3:
+        raise TypeError(f"`x` must have shape [B, S, H], got {list(x.shape)}.")
     rank = letters.count(",") + 1
-    return check_int32("positions", positions, letters, jnp.shape(x)[:rank])
+    return check_int32("positions", positions, letters, x.shape[:rank])
 
 
 def empty_fields(

@@ -110,7 +110,8 @@ class KVCache(CacheBase):
           v: as k.
           length: rows per sequence, C2, at least S.
           lengths: [B] int32, the tokens of each sequence; what follows is padding. None is S.
-          margin: above 0. 1 fits the prompt alone; each factor of 2 above it costs one bit.
+          margin: above 0 and below 2**20. 1 fits the prompt alone; each factor of 2 above it
+            costs one bit.
           num_q_heads: Nq, as in `create`.
 
         Returns:
@@ -118,7 +119,7 @@ class KVCache(CacheBase):
 
         Raises:
           TypeError: k or v is not a float array of 4 or 5 dimensions.
-          ValueError: a shape is not as above, `length` is below S, or `margin` is not above 0.
+          ValueError: a shape is not as above, `length` is below S, or `margin` is out of range.
         """
         fields = calibrate_prompt(k, v, lengths, margin)
         batch, steps, heads, head_dim = k.shape[-4:]

@@ -1,13 +1,14 @@
 """config.json: the model's family and sizes."""
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
 from jax_kvcache.checkpoints.errors import CheckpointError
 from jax_kvcache.checkpoints.json_files import MOST_HEAD_DIM, MOST_LAYERS, Values, read_json
 from jax_kvcache.model.weights import Config
-from jax_kvcache.rope_parameters import RopeParameters, read_rope_parameters
+from jax_kvcache.rope_parameters import DEFAULT_THETA, RopeParameters, read_rope_parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,6 +148,8 @@ def _rope(config: Values, head_dim: int) -> RopeParameters:
             )
         if beside is not None:
             parameters[key] = beside
+    if "rope_theta" not in parameters and _is_older_than_theta(config):
+        parameters["rope_theta"] = DEFAULT_THETA
     if "rope_theta" not in parameters:
         raise CheckpointError(f'{config.where} must have "rope_theta", and does not.')
     context = config.count("max_position_embeddings")
@@ -157,6 +160,16 @@ def _rope(config: Values, head_dim: int) -> RopeParameters:
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"RoPE of {config.where}: {error}") from error
     return rope
+
+
+def _is_older_than_theta(config: Values) -> bool:
+    """Whether a Llama's file is of transformers 4.32 or before, in which all had one theta.
+
+    The files of Llama 1 and 2 are. A later file without it may be of a model with another one.
+    """
+    version = re.match(r"4\.(\d+)\.", config.get("transformers_version", str, ""))
+    is_llama = config.get("architectures", list) == ["LlamaForCausalLM"]
+    return is_llama and version is not None and int(version[1]) < 33
 
 
 def _windows(config: Values, family: Family, layers: int) -> tuple[int | None, ...]:

@@ -16,7 +16,8 @@ FILES: dict[str, Callable[[Any, Scales], None]] = {
     "npz": kv_scale_files.write_npz,
     "onnxruntime": kv_scale_files.write_onnxruntime,
 }
-_WITHOUT_OFFSETS = ("onnxruntime", "compressed_tensors")
+WITHOUT_OFFSETS = ("onnxruntime", "compressed_tensors")
+PER_HEAD = ("compressed_tensors",)  # one scale per head, or per tensor
 
 
 def read_kv_scales(
@@ -149,13 +150,13 @@ def as_format_holds(arrays: Scales, format: str, reduce: str | None) -> Scales:
       ValueError: it cannot.
     """
     offsets = [n for n, a in arrays.items() if n.startswith("offset") and a.any()]
-    if offsets and format in _WITHOUT_OFFSETS:
+    if offsets and format in WITHOUT_OFFSETS:
         raise ValueError(
             f'`format="{format}"` holds no offsets, and `{offsets[0]}` is not 0: calibrate '
             'without offsets, or use "ascend_v1" or "npz".'
         )
     arrays = {n: a for n, a in arrays.items() if offsets or n.startswith("scale")}
-    if format != "compressed_tensors":
+    if format not in PER_HEAD:
         return arrays
     largest = {n: a.max(axis=-1, keepdims=True) for n, a in arrays.items()}
     for name, array in arrays.items():

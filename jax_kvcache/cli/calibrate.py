@@ -4,6 +4,7 @@ import argparse
 import contextlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
@@ -84,6 +85,12 @@ def run(arguments: argparse.Namespace) -> None:
         )
     if not 0 < arguments.percentile <= 100:
         raise CommandError(f"`--percentile` must be in (0, 100], got {arguments.percentile:g}.")
+    if arguments.asymmetric and arguments.format in kv_scales.WITHOUT_OFFSETS:
+        raise CommandError(f"`--format {arguments.format}` holds no offsets: omit `--asymmetric`.")
+    if arguments.reduce is None and arguments.format in kv_scales.PER_HEAD:
+        raise CommandError(
+            f"`--format {arguments.format}` holds one scale per head: add `--reduce max`."
+        )
     texts = [read_file(path) for path in arguments.files]
     with _output(arguments) as out, figure_file(arguments.plot) as pyplot:
         model, tokenizer = model_from(arguments)
@@ -114,7 +121,7 @@ def _calibrate(arguments, model, windows):
     for tokens, targets in batches("observe"):
         observers = observed.observe_windows(model, observers, tokens, targets)
         jax.block_until_ready(observers)  # so that the bar shows work done
-    calibrations = numerics.calibrate(observers, **how)
+    calibrations = _as_written(numerics.calibrate(observers, **how), arguments)
     errors = {name: numerics.ErrorObserver.create(channels) for name in "kv"}
     for tokens, targets in batches("measure"):
         errors = observed.measure_windows(model, errors, calibrations, tokens, targets)
@@ -148,16 +155,30 @@ def _output(arguments):
     return contextlib.nullcontext(arguments.out)
 
 
-def _save(out, model, calibrations, arguments):
-    scales = {
-        f"{parameter}_{name}": value
+def _scales_of(calibrations):
+    return {
+        f"{parameter}_{name}": np.asarray(value)
         for name, calibration in calibrations.items()
         for parameter, value in calibration._asdict().items()
+        if value is not None
     }
-    scales = cache_params_of_files(model, scales)
+
+
+def _as_written(calibrations, arguments):
+    """What a reader of the file gets, so that its cost is measured and not another's."""
+    scales = kv_scales.as_format_holds(_scales_of(calibrations), arguments.format, arguments.reduce)
+    arrays = {name: jnp.asarray(value) for name, value in scales.items()}
+    return {
+        name: numerics.Calibration(arrays[f"scale_{name}"], arrays.get(f"offset_{name}"))
+        for name in calibrations
+    }
+
+
+def _save(out, model, calibrations, arguments):
+    scales = cache_params_of_files(model, _scales_of(calibrations))
     try:
         kv_scales.write_kv_scales(out, scales, arguments.format, reduce=arguments.reduce)
-    except ValueError as error:
+    except ValueError as error:  # by now the folder has files
         raise CommandError(str(error)) from error
 
 

@@ -4,7 +4,6 @@ import argparse
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jax_kvcache.caches import KVCache
 from jax_kvcache.cli import CommandError
@@ -53,6 +52,10 @@ def run(arguments: argparse.Namespace) -> None:
     for name in ("heads", "kv_heads", "head_dim", "batch", "steps", "length"):
         if (size := getattr(arguments, name)) < 1:
             raise CommandError(f"`--{name.replace('_', '-')}` must be at least 1, got {size}.")
+        if size > INT32_MAX:
+            raise CommandError(
+                f"`--{name.replace('_', '-')}` must be at most {INT32_MAX}, got {size}."
+            )
     if arguments.head_dim % 2:
         raise CommandError(f"`--head-dim` must be even, got {arguments.head_dim}.")
     if arguments.heads % arguments.kv_heads:
@@ -76,9 +79,9 @@ def _answers(arguments: argparse.Namespace, platform: str) -> dict[str, Explanat
 
     B, S, Nkv, D = arguments.batch, arguments.steps, arguments.kv_heads, arguments.head_dim
     width = (arguments.heads + 2 * Nkv) * D
-    scale = np.ones((Nkv, D), np.float32)
     cache = jax.eval_shape(
-        lambda: KVCache.create(B, arguments.length, Nkv, D, scale_k=scale, scale_v=scale)
+        lambda scale: KVCache.create(B, arguments.length, Nkv, D, scale_k=scale, scale_v=scale),
+        array(Nkv, D, dtype="float32"),
     )
     table = array(B, S, 1, D, dtype=arguments.dtype)
     x_dtype = arguments.dtype if arguments.float_x else "int32"

@@ -221,10 +221,15 @@ def _from_percentile(sketch: Sketch, percentile: float, symmetric: bool) -> Cali
 def _from_search(sketch: Sketch, tried: np.ndarray, symmetric: bool) -> Calibration:
     """Tries every ratio on points spread evenly inside the buckets, weighted by the counts."""
     seen = sketch.range
-    low_edges, high_edges = sketch.edges()
+    ones = (1,) * seen.low.ndim
+    low, high = (edge.reshape(-1, *ones) for edge in sketch.edges())
+    bucket = jnp.arange(len(low), dtype=jnp.int32).reshape(-1, *ones)
+    # The buckets at both ends reach to the values seen.
+    low = jnp.where(bucket == 0, jnp.minimum(low, seen.low[None]), low)
+    high = jnp.where(bucket == len(high) - 1, jnp.maximum(high, seen.high[None]), high)
     parts = (jnp.arange(_POINTS_PER_BUCKET, dtype=jnp.float32) + 0.5) / _POINTS_PER_BUCKET
-    points = low_edges[:, None] + (high_edges - low_edges)[:, None] * parts[None, :]
-    points = points.reshape(*points.shape, *(1,) * seen.low.ndim)  # [buckets, parts, ..]
+    parts = parts.reshape(-1, *ones)
+    points = low[:, None] + (high - low)[:, None] * parts[None]  # [buckets, parts, *channels]
     points = jnp.clip(points, seen.low[None, None], seen.high[None, None])
     weights = jnp.moveaxis(sketch.counts, -1, 0)[:, None].astype(jnp.float32)
 

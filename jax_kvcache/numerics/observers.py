@@ -118,7 +118,18 @@ class Sketch:
     def create(
         cls, channels: Sequence[int], precision: int = 5, exponents: tuple[int, int] = (-14, 16)
     ) -> Self:
-        """An observer of values [..., *channels] that has seen nothing; 7.5 KiB per channel."""
+        """An observer of values [..., *channels] that has seen nothing; 7.5 KiB per channel.
+
+        Raises:
+          ValueError: `precision` is not in [0, 23], or `exponents` are not two of float32's normal
+            numbers, the smaller one first.
+        """
+        if not 0 <= precision <= _MANTISSA_BITS:
+            raise ValueError(f"`precision` must be in [0, {_MANTISSA_BITS}], got {precision}.")
+        if not -_EXPONENT_BIAS < exponents[0] < exponents[1] <= _EXPONENT_BIAS:
+            raise ValueError(
+                f"`exponents` must be (low, high) with -127 < low < high <= 127, got {exponents}."
+            )
         half = ((exponents[1] - exponents[0]) << precision) + 1
         counts = jnp.zeros((*channels, 2 * half), jnp.int32)
         return cls(MinMax.create(channels), counts, precision, (exponents[0], exponents[1]))
@@ -195,7 +206,7 @@ class Sketch:
 def count_into(counts: jax.Array, bucket: jax.Array, finite: jax.Array) -> jax.Array:
     """Adds one to the [*channels, buckets] counts where a value [N, *channels] is finite."""
     flat = counts.reshape(-1, counts.shape[-1])
-    bucket = bucket.reshape(len(bucket), -1)
+    bucket = bucket.reshape(len(bucket), len(flat))
     seen = finite.reshape(bucket.shape).astype(jnp.int32)
     channel = jnp.arange(len(flat), dtype=jnp.int32)[None, :]
     return flat.at[channel, bucket].add(seen).reshape(counts.shape)

@@ -103,7 +103,7 @@ def explain_choice(
     """
     if platform is not None and not isinstance(platform, str):
         raise TypeError(f"`platform` must be a str, got {platform!r}.")
-    platform = platform or jax.default_backend()
+    platform = jax.default_backend() if platform is None else platform
     choice = choose(operator, platform, operands, asked)
     if not choice.native:
         runs = None if asked == "ffi" else "xla"

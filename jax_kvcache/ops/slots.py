@@ -137,8 +137,9 @@ def rows_of_blocks(
     block_table: jax.Array, lengths: jax.Array, blocks: Any, block_size: int
 ) -> jax.Array:
     """[blocks] int32: how many rows of each block the sequences with these lengths have in use."""
-    first = jnp.arange(block_table.shape[1], dtype=jnp.int32)[None, :] * block_size
-    rows = jnp.clip(lengths[:, None] - first, 0, block_size)
+    entry = jnp.arange(block_table.shape[1], dtype=jnp.int32)[None, :]
+    full, rest = lengths[:, None] // block_size, lengths[:, None] % block_size
+    rows = jnp.where(entry < full, block_size, jnp.where(entry == full, rest, 0))
     there = is_row(block_table, blocks)
     number = jnp.where(there, block_table, _int32(blocks))  # past the end, and dropped
     return jnp.zeros((blocks,), jnp.int32).at[number].max(rows, mode="drop")

@@ -87,6 +87,8 @@ def test_a_prompt_of_zeros():
         ((jnp.zeros((B, S, Nkv, D)),) * 2, {"margin": 0}, ValueError, "`margin` must be a numb"),
         ((jnp.zeros((B, S, Nkv, D)),) * 2, {"lengths": jnp.zeros(3, jnp.int32)}, ValueError,
          r"`lengths` must have shape \[B\] = \[2\], got \[3\]"),
+        ((jnp.zeros((B, 0, Nkv, D)),) * 2, {}, ValueError,
+         r"`k` must have tokens and channels, got shape \[B, S, Nkv, D\] = \[2, 0, 2, 8\]"),
         ((jnp.zeros((B, 20, Nkv, D)),) * 2, {}, ValueError, "at least the prompt's S = 20 tokens"),
     ],
 )  # fmt: skip

@@ -125,6 +125,10 @@ UPDATE = [
      r"`positions` must have shape \[B, S\] = \[3, 2\], got \[3, 9\]"),
     ("contiguous", None, {"positions": np.zeros(2, np.int32)}, ValueError,
      r"`positions` must have shape \[B\] = \[3\], got \[2\]"),
+    ("contiguous", None, {"x": [np.zeros((B, S, n), np.int32) for n in (64, 32, 32)]}, TypeError,
+     r"`x` must be an array or a tuple \(q, k, v\) of arrays, got list"),
+    ("paged", None, {"x": None, "block_table": caches.TABLE, "positions": caches.POSITIONS},
+     TypeError, "`x` must be an array .*, got NoneType"),
     ("contiguous", None, {"x": np.zeros((B, 128), np.int32)}, TypeError,
      r"`x` must have shape \[B, S, H\], got \[3, 128\]"),
 ]  # fmt: skip

@@ -8,6 +8,8 @@ import pytest
 from support import caches
 from support.caches import BLOCK, BLOCKS, C2, B, L
 
+from jax_kvcache import PagedKVCache
+
 LENGTHS = np.array([5, 0, 12], np.int32)
 
 
@@ -53,6 +55,14 @@ def test_paged(layers):
     rows |= {(block, i) for block in (0, 7) for i in range(BLOCK)}
     got = jax.jit(cache.saturation)(lengths, block_table=table)
     np.testing.assert_allclose(got, expected(cache, rows), rtol=1e-6)
+
+
+def test_more_rows_in_the_table_than_int32_counts():
+    size, ones = 2**20, np.ones((1, 2), np.float32)
+    cache = PagedKVCache.create(2, size, 1, 2, scale_k=ones, scale_v=ones)
+    cache = dataclasses.replace(cache, k_cache=cache.k_cache.at[1].set(127))
+    table = np.array([[0] * 2048 + [1] * 2048], np.int32)
+    np.testing.assert_array_equal(cache.saturation([5], block_table=table), [0, 0])
 
 
 def test_it_refuses():

@@ -68,6 +68,18 @@ def test_an_older_config_without_scaling(tmp_path):
     assert load(copy.write(tmp_path / "folder")).config.rope.theta == 1e4
 
 
+@pytest.mark.parametrize("scaling", [None, {"type": "linear", "factor": 2.0}])
+def test_a_llama_from_before_rope_theta(scaling, tmp_path):
+    """The files of Llama 1 and 2, of transformers that knew one base."""
+    copy = Copy("llama3_float")
+    del copy.config["rope_parameters"]
+    copy.config |= {"transformers_version": "4.31.0.dev0", "rope_scaling": scaling}
+    assert load(copy.write(tmp_path / "folder")).config.rope.theta == 1e4
+    copy.config["transformers_version"] = "4.33.0"
+    with pytest.raises(checkpoints.CheckpointError, match='must have "rope_theta"'):
+        load(copy.write(tmp_path / "later"))
+
+
 def to_weight_only(copy):
     for key, kind in copy.description.items():
         if kind == "W8A8_DYNAMIC" and key.startswith("model."):

@@ -172,6 +172,20 @@ def test_offsets_come_in_pairs_and_are_finite(given, missing, tmp_path, capsys):
         (["--out", "{tmp}/out", "--plot", "{tmp}"], "cannot write '{tmp}': Is a directory"),
         (["--out", "{tmp}/out", "--plot", ""], "cannot write '': No such file or directory"),
         (["--out", "{tmp}/out", "--plot", "x.xyz"], "cannot write 'x.xyz': a figure may end in "),
+        (["--out", "{tmp}/out", "--format", "compressed_tensors"], "add `--reduce max`"),
+        (["--out", "{tmp}/out", "--format", "onnxruntime", "--asymmetric"], "omit `--asymmetric`"),
+        (
+            [
+                "--out",
+                "{tmp}/out",
+                "--format",
+                "compressed_tensors",
+                "--reduce",
+                "max",
+                "--asymmetric",
+            ],
+            "`--format compressed_tensors` holds no offsets: omit `--asymmetric`",
+        ),
     ],
 )
 def test_calibrate_refuses_before_it_works(options, message, tmp_path, capsys, monkeypatch):

@@ -26,6 +26,11 @@ def test_platforms(capsys):
     assert "got H = 6144; tensor parallelism over 2 devices fits (H = 3072)" in lines[2]
 
 
+def test_a_name_that_is_no_platform(capsys):
+    lines = run(capsys, *LLAMA, "--platform", "")
+    assert "xla: there is no native target for platform ''" in lines[0]
+
+
 def test_the_shape_is_the_models(capsys):
     (write, _) = run(
         capsys, "--heads", "4", "--kv-heads", "2", "--head-dim", "48", "--float-x",
@@ -41,6 +46,7 @@ def test_the_shape_is_the_models(capsys):
         (["--kv-heads", "-1"], "`--kv-heads` must be at least 1, got -1."),
         (["--kv-heads", "5"], "`--heads` must be a multiple of `--kv-heads` = 5, got 32."),
         (["--head-dim", "127"], "`--head-dim` must be even, got 127."),
+        (["--head-dim", "1000000000000"], "`--head-dim` must be at most 2147483647, got 1000000"),
         (["--batch", "0"], "`--batch` must be at least 1"),
         (["--batch", "65536", "--length", "65536"], "`--batch` times `--length` must be at most"),
     ],

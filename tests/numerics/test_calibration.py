@@ -147,6 +147,21 @@ def test_search_finds_the_least_error(symmetric):
     assert (best < widest).all()
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("exponents", [(-14, 16), (-14, -3), (-30, 0)])
+def test_search_with_values_beyond_the_sketch(symmetric, exponents):
+    """They share one bucket, and are not taken for values at its beginning."""
+    values = np.random.default_rng(3).standard_normal((20_000, 3)).astype(np.float32)
+    values *= np.float32(2.0 ** exponents[1])
+    sketch = numerics.Sketch.create((3,), exponents=exponents).update(values)
+
+    def error(method):
+        how = numerics.calibrate(sketch, method=method, symmetric=symmetric)
+        return ((np.asarray(fake_quantize(values, *how).values) - values) ** 2).mean(axis=0)
+
+    assert (error("mse") < 1.3 * error("minmax")).all()
+
+
 def test_pytrees_and_ranges_without_a_sketch():
     values = jnp.asarray(random_values(0))
     observers = {"k": numerics.MinMax.create(CHANNELS), "v": numerics.Sketch.create(CHANNELS)}

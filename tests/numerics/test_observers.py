@@ -144,6 +144,32 @@ def test_more_precision_and_other_exponents():
         assert abs(magnitude_quantile(sketch, outside)[0] - exact) <= exact * 2.0**-9
 
 
+@pytest.mark.parametrize("kind", [numerics.MinMax, numerics.Sketch])
+def test_no_tokens(kind):
+    empty = kind.create(CHANNELS)
+    assert_same_state(empty.update(jnp.zeros((0, 5, *CHANNELS))), empty)
+
+
+def test_errors_of_no_tokens():
+    empty = numerics.ErrorObserver.create(CHANNELS)
+    assert_same_state(empty.update(jnp.zeros((0, *CHANNELS)), jnp.ones(CHANNELS)), empty)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"precision": 24}, r"`precision` must be in \[0, 23\], got 24"),
+        ({"precision": -1}, "got -1"),
+        ({"exponents": (16, -14)}, r"`exponents` must be \(low, high\) .* got \(16, -14\)"),
+        ({"exponents": (-127, 0)}, "-127 < low"),
+        ({"exponents": (0, 128)}, "high <= 127"),
+    ],
+)
+def test_sketches_that_cannot_be(how, message):
+    with pytest.raises(ValueError, match=message):
+        numerics.Sketch.create(CHANNELS, **how)
+
+
 def test_memory_does_not_grow():
     sketch = observe(numerics.Sketch.create((1,)), jnp.ones((1000, 1)))
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(sketch)) < 7.6 * 1024

@@ -91,6 +91,13 @@ def test_other_integers(dtype):
         np.testing.assert_array_equal(table, right)
 
 
+def test_unsigned_positions_do_not_wrap():
+    """An array of JAX is not refused for its values, which may be traced."""
+    positions = np.array([[2**31 - 1, 2**31 + 5, 2**32 - 1]], np.uint32)
+    got = tables(jnp.asarray(positions), 64, 1e4, jnp.float32)
+    np.testing.assert_allclose(got, exact(positions, 64, 1e4), atol=2e-6)
+
+
 def test_x64_changes_nothing():
     expected = tables(POSITIONS, 8, 1e4, jnp.float32)
     with jax.enable_x64(True):

@@ -1,6 +1,5 @@
 """The checks of a call of `decode_attention`: what a wrong one gets before it runs."""
 
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +18,8 @@ from jax_kvcache.ops.checks import (
     check_shape,
 )
 from jax_kvcache.ops.implementation import check_implementation
+
+_SMALLEST, _LARGEST = (float(getattr(jnp.finfo(jnp.float32), name)) for name in ("tiny", "max"))
 
 
 class Call(NamedTuple):
@@ -64,8 +65,8 @@ def check_call(call: Call) -> Call:
     scale = head_dim**-0.5 if call.scale is None else call.scale
     if not _is_real(scale):
         raise TypeError(f"`scale` must be a real number, got {scale!r}.")
-    if not isinstance(scale, jax.Array) and not math.isfinite(scale):
-        raise ValueError(f"`scale` must be finite, got {scale}.")
+    if not isinstance(scale, jax.Array) and not abs(scale) <= _LARGEST:
+        raise ValueError(f"`scale` must be finite in float32, got {scale}.")
     return call._replace(
         scale=scale,
         window=_check_window(call.window),
@@ -134,8 +135,8 @@ def _check_soft_cap(soft_cap: Any) -> float:
         return 0.0
     if isinstance(soft_cap, bool) or not isinstance(soft_cap, int | float | np.number):
         raise TypeError(f"`soft_cap` must be a real number, got {soft_cap!r}.")
-    if not 0 < float(soft_cap) < float("inf"):
-        raise ValueError(f"`soft_cap` must be finite and above 0, got {soft_cap}.")
+    if not _SMALLEST <= soft_cap <= _LARGEST:
+        raise ValueError(f"`soft_cap` must be a normal float32 above 0, got {soft_cap}.")
     return float(soft_cap)
 
 

@@ -1,7 +1,8 @@
 """The primitive of `decode_attention`."""
 
 import jax
-from jax.interpreters import ad
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 
 from jax_kvcache._compat import add_checks
 from jax_kvcache.mesh import Call
@@ -61,7 +62,24 @@ def _jvp(primals, tangents, *, options):
 
     values = [primals[i] for i in moving]
     _, moved = jax.jvp(of_moving, values, [tangents[i] for i in moving])
-    return results, moved
+    return results, [_forward_only_p.bind(tangent) for tangent in moved]
 
 
 ad.primitive_jvps[decode_attention_p] = _jvp
+
+
+# What reverse mode meets first: it goes through the tangents from their end. Otherwise the error
+# would be about the reference's loop.
+def _no_transpose(cotangent, operand):
+    raise NotImplementedError(
+        "decode_attention is an inference operator and has no reverse-mode derivative (jax.grad, "
+        "jax.vjp): use jax.jvp or jax.jacfwd, or jax.lax.stop_gradient on its inputs."
+    )
+
+
+_forward_only_p = Primitive("decode_attention_forward_only")
+_forward_only_p.def_impl(lambda tangent: tangent)
+_forward_only_p.def_abstract_eval(lambda tangent: tangent)
+ad.deflinear2(_forward_only_p, _no_transpose)
+batching.defvectorized(_forward_only_p)
+mlir.register_lowering(_forward_only_p, lambda ctx, tangent: [tangent])

@@ -97,11 +97,21 @@ def refused():
         (TypeError, "`window` must be an int, got 1.5", (q, flat, lengths), {"window": 1.5}),
         (
             ValueError,
-            "`soft_cap` must be finite and above 0, got 0",
+            "`soft_cap` must be a normal float32 above 0, got 0",
             (q, flat, lengths),
             {"soft_cap": 0},
         ),
         (ValueError, "above 0, got nan", (q, flat, lengths), {"soft_cap": float("nan")}),
+        (ValueError, "above 0, got 1e-40", (q, flat, lengths), {"soft_cap": 1e-40}),
+        (ValueError, "above 0, got 1e.39", (q, flat, lengths), {"soft_cap": 1e39}),
+        (ValueError, "above 0, got 1000000", (q, flat, lengths), {"soft_cap": 10**400}),
+        (
+            ValueError,
+            "`scale` must be finite in float32, got 1e.39",
+            (q, flat, lengths),
+            {"scale": 1e39},
+        ),
+        (ValueError, "finite in float32, got 1000000", (q, flat, lengths), {"scale": 10**400}),
         (
             TypeError,
             "`soft_cap` must be a real number, got 'a'",
@@ -134,11 +144,16 @@ def refused():
         ),
         (
             ValueError,
-            "`scale` must be finite, got nan",
+            "`scale` must be finite in float32, got nan",
             (q, flat, lengths),
             {"scale": float("nan")},
         ),
-        (ValueError, "`scale` must be finite, got -inf", (q, flat, lengths), {"scale": -np.inf}),
+        (
+            ValueError,
+            "`scale` must be finite in float32, got -inf",
+            (q, flat, lengths),
+            {"scale": -np.inf},
+        ),
     ]
 
 

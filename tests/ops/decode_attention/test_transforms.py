@@ -103,6 +103,17 @@ def test_derivatives_are_those_of_the_formula(kind):
     np.testing.assert_allclose(moved, (after - before) / (2 * step), rtol=1e-3, atol=1e-3)
 
 
+def test_no_reverse_mode():
+    q, cache, keywords = drawn("contiguous")
+    attend = functools.partial(decode_attention, cache=cache, **keywords)
+    for derivative in (jax.grad, lambda f: jax.jit(jax.grad(f))):
+        with pytest.raises(NotImplementedError, match=r"decode_attention .* no reverse-mode"):
+            derivative(lambda q: attend(q).sum())(q)
+    alone = [jax.jvp(attend, (q,), (t,))[1] for t in (q, -2 * q)]
+    together = jax.vmap(lambda t: jax.jvp(attend, (q,), (t,))[1])(jnp.stack([q, -2 * q]))
+    np.testing.assert_allclose(together, jnp.stack(alone), rtol=1e-5, atol=1e-6)
+
+
 def test_derivative_by_the_scales():
     q, cache, keywords = drawn("contiguous")
 
