@@ -1,5 +1,6 @@
 """decode_attention on a GPU: float64's results within the promised accuracy, all head sizes."""
 
+import dataclasses
 import functools
 
 import jax
@@ -70,6 +71,12 @@ def test_vmap_equals_a_loop():
         return decode_attention(q, cache, positions=positions, implementation="ffi")
 
     mapped = jax.jit(jax.vmap(run))(q, cache, positions)
+    shared = dataclasses.replace(cache, k_cache=calls[0][1].k_cache)
+    axes = dataclasses.replace(jax.tree.map(lambda _: 0, cache), k_cache=None)
+    mapped_v = jax.jit(jax.vmap(run, (0, axes, 0)))(q, shared, positions)
     for i, (one, own, keywords) in enumerate(calls):
         alone = run(one, own, keywords["positions"])
         np.testing.assert_allclose(mapped[i], alone, rtol=1e-5, atol=1e-5)
+        own_v = dataclasses.replace(own, k_cache=calls[0][1].k_cache)
+        alone = run(one, own_v, keywords["positions"])
+        np.testing.assert_allclose(mapped_v[i], alone, rtol=1e-5, atol=1e-5)

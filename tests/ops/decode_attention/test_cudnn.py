@@ -109,6 +109,25 @@ def test_equals_float64_in_small_pieces(name, in_float32, monkeypatch):
     check(TAKEN[name], consecutive=name in PROMPTS)
 
 
+@pytest.mark.parametrize("shared", ["k_cache", "v_cache"])
+def test_one_cache_of_all_examples(shared, in_float32):
+    """As vmap leaves what it does not map: with a group dimension of 1."""
+    calls = [PROMPTS["short rows"].draw(seed) for seed in range(3)]
+    one = getattr(calls[0][1], shared)
+    caches = [dataclasses.replace(cache, **{shared: one}) for _, cache, _ in calls]
+    examples = [
+        canonical(q, cache, keywords) for (q, _, keywords), cache in zip(calls, caches, strict=True)
+    ]
+    stacked = jax.tree.map(
+        lambda *a: a[0] if a[0].size == 0 else jnp.stack(a), *[e[0] for e in examples]
+    )
+    stacked = stacked._replace(**{shared: getattr(stacked, shared)[:1]})
+    out, _ = attend(stacked, examples[0][1])
+    for i, (q, _, keywords) in enumerate(calls):
+        expected, _, score, value = attention.in_float64(q, caches[i], **keywords)
+        attention.assert_close(out[i], expected, value, score)
+
+
 LENGTHS = {
     "prompt of several tiles": Call(B=3, S=70, rows=200),
     "longer than the cache": Call(B=3, S=70, rows=30),
