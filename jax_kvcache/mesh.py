@@ -20,9 +20,62 @@ def mesh_of(types: Iterable[Any]) -> Any:
 
 
 def axes_of(sharding: Any, rank: int) -> tuple[Axes, ...]:
-    """The mesh axes of each of `rank` dimensions of a NamedSharding."""
-    spec = (*sharding.spec, *[None] * (rank - len(sharding.spec)))
-    return tuple(map(axes_named, spec))
+    """The mesh axes of each of `rank` dimensions of a NamedSharding.
+
+    Raises:
+      ValueError: the array is unreduced, that is one of several terms of a sum.
+    """
+    spec = sharding.spec
+    if unreduced := getattr(spec, "unreduced", None):
+        raise ValueError(
+            f"an operand is unreduced over {sorted(unreduced)}, {spec}: add it up first, with "
+            "jax.sharding.reshard."
+        )
+    named = tuple(getattr(spec, "partitions", spec))  # JAX 0.10 forbids to unpack some specs
+    return tuple(map(axes_named, (*named, *[None] * (rank - len(named)))))
+
+
+def axes_of_caches(mesh: Any, ops: Any, num_q_heads: int) -> tuple[Axes, ...]:
+    """The mesh axes of each dimension of both caches.
+
+    Args:
+      mesh: the mesh.
+      ops: the operands of an operator, things with a shape and a NamedSharding.
+      num_q_heads: Nq, which is sharded as Nkv is.
+
+    Raises:
+      ValueError: a layout in which a cache would have to move, or that does not cut it evenly.
+    """
+    k, v = ops.k_cache, ops.v_cache
+    of_k, of_v = (axes_of(cache.sharding, len(cache.shape)) for cache in (k, v))
+    sizes = list(zip(k.shape, v.shape, strict=True))
+    # Where they have two sizes, vmap mapped one cache alone and the other's is 1.
+    if any(a != b and m == n for a, b, (m, n) in zip(of_k, of_v, sizes, strict=True)):
+        raise ValueError(
+            f"`v_cache` must be sharded like `k_cache`, {k.sharding.spec}, got "
+            f"{v.sharding.spec}. Place both caches with one sharding."
+        )
+    axes = tuple(b if m == 1 else a for a, b, (m, _) in zip(of_k, of_v, sizes, strict=True))
+    if real_axes(mesh, axes[-1]):
+        raise ValueError(
+            "`k_cache` must not be sharded over its last dimension D, which is rotated and read as "
+            f"a whole, got {k.sharding.spec}. Shard Nkv instead."
+        )
+    shards = num_shards(mesh, axes[-2])
+    for name, number in (("Nkv", k.shape[-2]), ("Nq", num_q_heads)):
+        if number % shards:
+            raise ValueError(
+                f"`k_cache` with its heads over {shards} devices needs {name} divisible by "
+                f"{shards}, got {name} = {number}. Use fewer devices for the heads."
+            )
+    for own, (m, n) in zip(axes, sizes, strict=True):
+        if (size := max(m, n)) % num_shards(mesh, own):
+            raise ValueError(
+                f"`k_cache` must be cut into equal parts, got a dimension of {size} over "
+                f"{num_shards(mesh, own)} devices, {k.sharding.spec}. Make it larger, or use fewer "
+                "devices for it."
+            )
+    return axes
 
 
 def num_shards(mesh: Any, axes: Axes) -> int:

@@ -151,13 +151,16 @@ plt.show()
 # ## Without calibration text
 #
 # `KVCache.calibrated` makes the scales from a first prompt, with a margin, and returns a cache
-# that already holds it. It says what the codes lose of the prompt; `saturation` says whether later
+# that already holds it. `rows` makes the prompt's RoPE that of the cache, for the types that depend
+# on the longest text. It says what the codes lose of the prompt; `saturation` says whether later
 # tokens still fit.
 
 # %%
 prompt = 32
 tokens, start = jnp.asarray(held_out[0]), jnp.zeros(16, jnp.int32)
-first = read(w8a8, tokens[:, :prompt])
+first = jax.jit(forward_float, static_argnames="rows")(
+    w8a8, tokens[:, :prompt], rows=config.context
+)
 cache, cost = KVCache.calibrated(first.k, first.v, config.context)
 print("relative error of K per layer:", np.round(np.asarray(cost.error_k), 4))
 assert float(cost.error_k.max()) < 0.02

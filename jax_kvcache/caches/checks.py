@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 from jax_kvcache.ops.checks import (
     FLOAT32,
     INT8,
+    are_scales,
     check_array,
     check_int,
     check_int32,
@@ -147,7 +148,7 @@ def _check_values(name: str, value: jax.Array) -> None:
     numbers = jax.device_get(value)
     if name.startswith("scale"):
         smallest = np.finfo(np.float32).tiny
-        usable = (numbers >= smallest) & (numbers < np.inf)
+        usable = are_scales(numbers)
         expected = f"finite and at least {smallest}, the smallest normal float32 number"
     else:
         usable, expected = np.isfinite(numbers), "finite"

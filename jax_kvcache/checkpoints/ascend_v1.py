@@ -78,6 +78,11 @@ class AscendV1Format(Format):
                     f"\"{key}\" of '{path}' must be {kind.__name__}, got {entries[key]!r}."
                 )
         for name, kind in self.types.items():
+            if name not in files and kind not in _TYPES:
+                raise CheckpointError(
+                    f"\"{name}\" of '{path}' is neither a tensor of a known type nor known of the "
+                    f"whole model, got {kind!r}."
+                )
             if name not in files:
                 raise CheckpointError(
                     f"`{name}` of type {kind} is in '{path.name}' and in no file of tensors."

@@ -175,6 +175,13 @@ def _is_older_than_theta(config: Values) -> bool:
 def _windows(config: Values, family: Family, layers: int) -> tuple[int | None, ...]:
     """Which layers see the last rows only."""
     window = config.get("sliding_window", int)
+    needs_window = family.windows == "all" or (
+        family.windows == "config" and config.get("use_sliding_window", bool, False)
+    )
+    if needs_window and "sliding_window" not in config.values:
+        raise CheckpointError(
+            f'{config.where} must have "sliding_window", null for none, and does not.'
+        )
     kinds = config.get("layer_types", list)
     if family.windows == "none":
         window = None

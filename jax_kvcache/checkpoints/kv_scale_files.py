@@ -6,7 +6,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from jax_kvcache.ops.checks import is_int
+from jax_kvcache.ops.checks import are_scales, is_int
 
 Scales = dict[str, np.ndarray]  # scale_k, scale_v, and perhaps offsets: [L, Nkv, D] float32
 Shape = tuple[int, int, int]  # L, Nkv, D
@@ -161,7 +161,7 @@ def _check_npz(weights: Scales, path: str | os.PathLike[str], shape: Shape) -> S
 def _check_numbers(
     name: str, value: np.ndarray, path: str | os.PathLike[str], *, positive: bool
 ) -> None:
-    usable = np.isfinite(value) & ((value > 0) | (not positive))
+    usable = are_scales(value) if positive else np.isfinite(value)
     if not usable.all():
-        expected = "finite and above 0" if positive else "finite"
+        expected = "finite, normal and above 0" if positive else "finite"
         raise ValueError(f"`{name}` must be {expected}, got {value[~usable][0]} in '{path}'.")

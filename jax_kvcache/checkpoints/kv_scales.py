@@ -9,6 +9,7 @@ import numpy as np
 
 from jax_kvcache.checkpoints import kv_scale_files, kv_scale_folders
 from jax_kvcache.checkpoints.kv_scale_files import CACHE_PARAMS, Scales, Shape
+from jax_kvcache.ops.checks import are_scales
 
 ScaleFormat = Literal["npz", "onnxruntime", "ascend_v1", "compressed_tensors"]
 FORMATS: tuple[ScaleFormat, ...] = get_args(ScaleFormat)
@@ -52,7 +53,7 @@ def read_kv_scales(
         _check_shape(scales, shape, path)
         return scales
     with open(path, "rb") as file:
-        first = file.read(64).lstrip()[:1]
+        first = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]  # a byte order mark, or blanks
     if first == b"{":
         return kv_scale_files.read_onnxruntime(path, shape, num_kv_heads)
     return kv_scale_files.read_npz(path, shape)
@@ -138,8 +139,9 @@ def _checked(scales: Mapping[str, Any]) -> Scales:
             )
         if not array.size:
             raise ValueError(f"`{name}` must have numbers, got shape {list(shape)}.")
-        if not np.isfinite(array).all() or (name.startswith("scale") and (array <= 0).any()):
-            raise ValueError(f"`{name}` must be finite, and scales above 0.")
+        usable = are_scales(array) if name.startswith("scale") else np.isfinite(array)
+        if not usable.all():
+            raise ValueError(f"`{name}` must be finite, and scales normal and above 0.")
     return arrays
 
 

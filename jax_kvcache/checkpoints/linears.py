@@ -15,6 +15,7 @@ from jax_kvcache.model.linear import (
     StaticInt8Linear,
     quantize_weight,
 )
+from jax_kvcache.ops.checks import are_scales
 from jax_kvcache.rope import permute_for_rope
 
 KvParameters = dict[str, np.ndarray]  # scale_k, scale_v, offset_k, offset_v: [*L, Nkv, D]
@@ -26,11 +27,11 @@ def float32(files: TensorFiles, name: str, *shapes: tuple[int, ...]) -> np.ndarr
 
 
 def finite(name: str, values: np.ndarray, *, positive: bool = False) -> np.ndarray:
-    """The values; raises CheckpointError unless all are finite, and above 0 if asked."""
-    wrong = ~np.isfinite(values) | (positive & (values <= 0))
-    if wrong.any():
-        expected = "finite and above 0" if positive else "finite"
-        raise CheckpointError(f"`{name}` must be {expected}, got {values[wrong][0]}.")
+    """The values; raises CheckpointError unless all are finite, and can be scales if asked."""
+    usable = are_scales(values) if positive else np.isfinite(values)
+    if not usable.all():
+        expected = "finite, normal and above 0" if positive else "finite"
+        raise CheckpointError(f"`{name}` must be {expected}, got {values[~usable][0]}.")
     return values
 
 

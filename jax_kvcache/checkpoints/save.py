@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -93,7 +93,8 @@ def save(model: Model, folder: str | os.PathLike[str]) -> None:
     path.mkdir(parents=True, exist_ok=True)
     save_file(tensors.arrays, path / f"{ascend_v1.STEM}.safetensors", metadata={"format": "pt"})
     (path / ascend_v1.DESCRIPTION).write_text(json.dumps(description, indent=1, sort_keys=True))
-    (path / "config.json").write_text(json.dumps(_config(model), indent=1))
+    config = _config(model, has_deq_scale="W8A8" in kinds)
+    (path / "config.json").write_text(json.dumps(config, indent=1))
 
 
 def cache_params_of_files(model: Model, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -150,20 +151,22 @@ def _columns(linear: Linear, columns: np.ndarray) -> Linear:
     return dataclasses.replace(linear, **chosen)
 
 
-def _have_biases(*linears: Linear) -> bool:
-    """Whether every layer has a bias of its own; those of static activations have another."""
-    own = [linear for linear in linears if not isinstance(linear, StaticInt8Linear)]
-    return bool(own) and all(linear.bias is not None for linear in own)
+def _biases(linears: Iterable[Linear]) -> set[bool]:
+    """Whether layers have a bias of their own; those of static activations have another."""
+    own = (linear for linear in linears if not isinstance(linear, StaticInt8Linear))
+    return {linear.bias is not None for linear in own}
 
 
-def _config(model: Model) -> dict[str, Any]:
+def _config(model: Model, has_deq_scale: bool) -> dict[str, Any]:
     """config.json: the family that has the model's parts."""
-    config, first = model.config, model.layers[0]
+    config, layers = model.config, model.layers
     windows = set(config.windows)
-    qkv_bias, o_bias = first.qkv[0].bias is not None, first.o.bias is not None
-    if first.q_norm is not None:
+    qkv_biases = _biases(linear for layer in layers for linear in layer.qkv)
+    o_biases = _biases(layer.o for layer in layers)
+    mlp_biases = _biases(linear for x in layers for linear in (x.gate, x.up, x.down))
+    if layers[0].q_norm is not None:
         family = "Qwen3"
-    elif qkv_bias and not o_bias:
+    elif qkv_biases == {True} and True not in o_biases:
         family = "Qwen2"
     else:
         family = "Mistral" if windows != {None} else "Llama"
@@ -186,11 +189,12 @@ def _config(model: Model) -> dict[str, Any]:
         "max_position_embeddings": config.context,
         "rms_norm_eps": config.norm_eps,
         "rope_parameters": rope,
-        "attention_bias": family != "Qwen2" and _have_biases(*first.qkv, first.o),
-        "mlp_bias": _have_biases(first.gate, first.up, first.down),
+        "attention_bias": family != "Qwen2" and qkv_biases | o_biases == {True},
+        "mlp_bias": mlp_biases == {True},
         "tie_word_embeddings": model.head is None,
         "eos_token_id": list(config.end_tokens),
-        "dtype": "float32",
+        # Servers read deq_scale as float32 for a bfloat16 model alone.
+        "dtype": "bfloat16" if has_deq_scale else "float32",
     }
     if windows != {None}:
         values["sliding_window"] = max(window for window in windows if window is not None)

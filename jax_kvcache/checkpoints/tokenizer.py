@@ -118,9 +118,12 @@ def load_tokenizer(folder: str | os.PathLike[str], vocab: int) -> Tokenizer:
                 f"'{path}' needs the package tokenizers: pip install 'jax-kvcache[tokenizers]'."
             ) from error
         try:
-            return TextTokenizer(tokenizers.Tokenizer.from_file(str(path)), vocab)
+            tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the package raises plain Exception
             raise CheckpointError(f"cannot read '{path}': {error}.") from error
+        tokenizer.no_truncation()  # a file may have what its training used
+        tokenizer.no_padding()
+        return TextTokenizer(tokenizer, vocab)
     facts = path.with_name("tokenizer_config.json")
     if facts.is_file() and read_json(facts).get("tokenizer_class") == BYTES:
         if vocab != 256:

@@ -1,7 +1,6 @@
 """`python -m jax_kvcache calibrate FILE...`: scales for a model's cache from any text."""
 
 import argparse
-import contextlib
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,7 @@ from jax_kvcache.cli import (
     read_file,
     windows_of,
 )
-from jax_kvcache.cli.output import figure_file, output_file
+from jax_kvcache.cli.output import figure_file, output_file, output_folder
 from jax_kvcache.model import calibrate as observed
 
 _COLORS = {"k": "#0072B2", "v": "#D55E00"}  # Okabe-Ito: blue, vermilion
@@ -145,14 +144,9 @@ def _print_table(ranges, calibrations, errors):
 
 
 def _output(arguments):
-    """Where the scales go: a file that is written at the end, or the name of a new folder."""
-    if arguments.format in kv_scales.FILES:
-        return output_file(arguments.out)
-    try:
-        kv_scales.check_new_folder(arguments.out)
-    except ValueError as error:
-        raise CommandError(str(error)) from error
-    return contextlib.nullcontext(arguments.out)
+    """Where the scales go: a file that is written at the end, or the name of an empty folder."""
+    is_file = arguments.format in kv_scales.FILES
+    return output_file(arguments.out) if is_file else output_folder(arguments.out)
 
 
 def _scales_of(calibrations):

@@ -1,9 +1,11 @@
 """The files and figures that commands write: refused before the work starts, written after it."""
 
 import contextlib
+import errno
 import io
 import os
 import pathlib
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -47,6 +49,30 @@ def output_file(path: str) -> Iterator[io.BytesIO]:
         file.close()
         if not is_special:
             pathlib.Path(part).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def output_folder(path: str) -> Iterator[str]:
+    """The path, of an empty folder from now on, which goes again if it was made and stays empty.
+
+    Raises:
+      CommandError: it cannot be made, or is there and not empty.
+    """
+    folder = pathlib.Path(path)
+    is_new = not folder.exists()
+    with _errors_name(path):
+        if not is_new and not folder.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
+        with tempfile.TemporaryFile(dir=folder):  # it can be written to
+            pass
+    try:
+        yield path
+    finally:
+        if is_new and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 @contextlib.contextmanager

@@ -148,6 +148,7 @@ def forward_float(
     model: Model,
     tokens: jax.Array,
     *,
+    rows: int | None = None,
     table_dtype: DTypeLike | None = None,
     kv_map: KvMap | None = None,
 ) -> FloatForward:
@@ -156,17 +157,25 @@ def forward_float(
     Args:
       model: see `jax_kvcache.checkpoints.load`.
       tokens: [B, S] int32, from position 0.
+      rows: the longest text that RoPE of the types dynamic and longrope is made for, at least S;
+        None is S. Give the rows of the cache in which k and v will be. Static.
       table_dtype: as in `forward`; also the dtype of k and v.
       kv_map: (layer, k, v) -> (k, v), what a cache of another format would give back; k and v are
         [B, S, Nkv, D].
 
     Returns:
       The logits, and what attention read.
+
+    Raises:
+      ValueError: `rows` is below S.
     """
     config, table_dtype = model.config, table_dtype or default_table_dtype()
     batch, length = tokens.shape
+    rows = length if rows is None else rows
+    if rows < length:
+        raise ValueError(f"`rows` must be at least S = {length}, got {rows}.")
     positions = jnp.zeros((batch,), jnp.int32)
-    cos, sin = _tables(config, _positions_of_tokens(positions, length), length, table_dtype)
+    cos, sin = _tables(config, _positions_of_tokens(positions, length), rows, table_dtype)
     x, read = _embed(model, tokens), []
     for index, layer in enumerate(model.layers):
         projected = _project_qkv(config, layer, x, table_dtype)

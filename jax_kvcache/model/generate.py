@@ -52,7 +52,8 @@ def read(
     greedy = jnp.argmax(last, axis=-1).astype(jnp.int32)
     key = jax.random.fold_in(key, positions[0])
     warmth = jnp.where(temperature > 0, temperature, 1.0)
-    sampled = jax.random.categorical(key, last / warmth).astype(jnp.int32)
+    below = last - last.max(axis=-1, keepdims=True)  # so that no quotient is infinite
+    sampled = jax.random.categorical(key, below / warmth).astype(jnp.int32)
     return Step(jnp.where(temperature > 0, sampled, greedy), greedy), cache
 
 

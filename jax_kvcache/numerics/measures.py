@@ -14,7 +14,7 @@ from jax_kvcache.ops.explicit import automatically
 
 
 def decibels(signal: jax.Array, noise: jax.Array) -> jax.Array:
-    """10 * log10(signal / noise) of two powers; inf where there is no noise."""
+    """10 * log10(signal / noise) of two powers; inf where there is no noise, NaN without both."""
     return 10 * jnp.log10(signal / noise)
 
 

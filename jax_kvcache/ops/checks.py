@@ -62,6 +62,11 @@ def check_int(name: str, value: Any, least: int | None = None) -> int:
     return int(value)
 
 
+def are_scales(values: np.ndarray) -> np.ndarray:
+    """Which numbers can be scales: normal float32 above 0, which no device flushes to zero."""
+    return np.isfinite(values) & (values >= np.finfo(np.float32).tiny)
+
+
 def check_choice(name, value, choices):
     """Raises ValueError unless `value` is one of `choices`."""
     scalar = value is None or isinstance(value, str | bool | np.bool_)

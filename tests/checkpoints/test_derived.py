@@ -11,6 +11,7 @@ from support import checkpoint_folder, decoding, float_decoder
 from support.checkpoint_folder import Copy
 
 from jax_kvcache import checkpoints
+from jax_kvcache.model import forward, forward_float, new_cache
 from jax_kvcache.model.linear import DynamicInt8Linear, FloatLinear, StaticInt8Linear
 
 IDS = checkpoint_folder.expected("qwen2_float")["ids"]
@@ -305,6 +306,40 @@ def test_windows(changes, windows, tmp_path):
     copy = Copy("qwen2_float")
     copy.config |= {"sliding_window": 8} | changes
     assert load(copy.write(tmp_path / "folder")).config.windows == windows
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("mistral_float", {}), ("qwen2_float", {"use_sliding_window": True, "layer_types": None})],
+)
+def test_a_window_that_is_not_said(name, changes, tmp_path):
+    """Null is none; without the key, nothing is guessed."""
+    copy = Copy(name)
+    copy.config |= changes | {"sliding_window": None}
+    assert load(copy.write(tmp_path / "folder")).config.windows == (None, None)
+    del copy.config["sliding_window"]
+    with pytest.raises(checkpoints.CheckpointError, match='must have "sliding_window", null for'):
+        load(copy.write(tmp_path / "without"))
+
+
+LONGROPE = {"rope_type": "longrope", "original_max_position_embeddings": 16, "factor": 4.0,
+            "short_factor": [1.0] * 16, "long_factor": [2.0] * 16, "rope_theta": 1e4}  # fmt: skip
+
+
+def test_a_prompt_for_a_longer_cache(tmp_path):
+    """K of `forward_float` has the frequencies of the cache's rows, if they are given."""
+    copy = Copy("llama3_float")
+    copy.config["rope_parameters"] = LONGROPE
+    model = load(copy.write(tmp_path / "folder"))
+    tokens, rows = jnp.arange(12, dtype=jnp.int32)[None], 48
+    cache = new_cache(model, 1, rows)
+    expected, cache = forward(model, tokens, cache, jnp.zeros(1, jnp.int32))
+    read = forward_float(model, tokens, rows=rows)
+    np.testing.assert_allclose(read.logits, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(read.k[:, 0], cache.k[:, 0, :12], rtol=1e-4, atol=1e-5)
+    assert not np.allclose(forward_float(model, tokens).k, read.k, atol=0.01)
+    with pytest.raises(ValueError, match="`rows` must be at least S = 12, got 11"):
+        forward_float(model, tokens, rows=11)
 
 
 def test_end_tokens(tmp_path):

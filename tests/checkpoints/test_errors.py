@@ -80,7 +80,7 @@ ASCEND = [
     (
         "static",
         put(f"{Q}.input_scale", np.array([0], np.float32), "W8A8"),
-        f"`{Q}.input_scale` must be finite and above 0, got 0.0",
+        f"`{Q}.input_scale` must be finite, normal and above 0, got 0.0",
     ),
     (
         "static",
@@ -143,7 +143,7 @@ ASCEND = [
     (
         "static",
         put(f"{K}.kv_cache_scale", np.zeros(64, np.float16), "C8"),
-        f"`{K}.kv_cache_scale` must be finite and above 0, got 0.0",
+        f"`{K}.kv_cache_scale` must be finite, normal and above 0, got 0.0",
     ),
     (
         "static",
@@ -154,7 +154,11 @@ ASCEND = [
     ("static", entry("kv_quant_type", "C4"), '"kv_quant_type" of \''),
     ("static", entry("model_quant_type", "W4A4"), "must be 'FLOAT' or 'W8A8' or"),
     ("static", entry("group_size", "many"), "must be int, got 'many'"),
-    ("static", entry("fa_quant_type", "FAQuant"), "`fa_quant_type` of type FAQuant is in"),
+    (
+        "static",
+        entry("fa_quant_type", "FAQuant"),
+        "is neither a tensor of a known type nor known of the whole model, got 'FAQuant'",
+    ),
     (
         "static",
         config(quantization_config={"quant_method": "compressed-tensors"}),

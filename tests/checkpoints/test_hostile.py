@@ -157,7 +157,7 @@ def of_k(scales):
         (ONNX | {"layer_ids": 5}, 2, "a list of numbers for each layer: TypeError"),
         (of_k([[10**400] * 16] * 2), 2, "a list of numbers for each layer: TypeError"),
         (of_k([["0.1"] * 16] * 2), 2, "a list of numbers for each layer: TypeError"),
-        (of_k([[1e300] * 16] * 2), 2, "`k_scales` must be finite and above 0, got inf"),
+        (of_k([[1e300] * 16] * 2), 2, "`k_scales` must be finite, normal and above 0, got inf"),
         (of_k([[1.0] * 8] * 2), 2, r"must have one shape, got \[2, 8\] and \[2, 16\]"),
     ],
 )

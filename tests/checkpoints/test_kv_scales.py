@@ -11,6 +11,7 @@ from support.checkpoint_folder import Copy
 from jax_kvcache import KVCache, checkpoints
 from jax_kvcache.__main__ import main
 from jax_kvcache.checkpoints import CheckpointError, read_kv_scales, write_kv_scales
+from jax_kvcache.cli.output import output_folder
 
 L, Nkv, D = 3, 2, 8
 RNG = np.random.default_rng(0)
@@ -86,6 +87,22 @@ def test_names_and_shapes_of_each_format(tmp_path):
     assert np.shape(content["scales"]["k_scales"]) == (L, Nkv * D)
 
 
+@pytest.mark.parametrize("before", [b"\xef\xbb\xbf", b" \n" * 100])
+def test_json_of_other_editors(before, tmp_path):
+    given = scales()
+    write_kv_scales(tmp_path / "a", given, "onnxruntime")
+    (tmp_path / "b").write_bytes(before + (tmp_path / "a").read_bytes())
+    assert_same(read_kv_scales(tmp_path / "b", num_kv_heads=Nkv), scales_of(given))
+
+
+def test_a_folder_that_nothing_was_written_to(tmp_path):
+    (tmp_path / "there").mkdir()
+    for name in ("there", "new"):
+        with pytest.raises(KeyError), output_folder(str(tmp_path / name)):
+            raise KeyError
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
 def test_reduce(tmp_path):
     given = scales()
     write_kv_scales(tmp_path / "c", given, "compressed_tensors", reduce="max")
@@ -153,7 +170,7 @@ ONNX = {"scales": {"k_scales": [[1.0] * 16] * 2, "v_scales": [[1.0] * 16] * 2}, 
         (
             ONNX | {"scales": ONNX["scales"] | {"v_scales": [[1.0] * 16, [0.0] * 16]}},
             {"num_kv_heads": 2},
-            "`v_scales` must be finite and above 0, got 0.0",
+            "`v_scales` must be finite, normal and above 0, got 0.0",
         ),
     ],
 )

@@ -61,6 +61,33 @@ def test_from_float_to_w8a8_with_an_int8_cache(tmp_path):
     np.testing.assert_array_equal(cache.k_cache, wanted.k_cache)
 
 
+@pytest.mark.parametrize("family", ["llama3", "qwen2", "mistral"])
+@pytest.mark.parametrize("static", [(0, "qkv"), (0, "o"), (1, "qkv"), (1, "o"), (0, "down")])
+def test_layers_of_different_kinds(family, static, tmp_path):
+    """Some layers of static activations, whose integer bias is not one of the model's."""
+    (index, part) = static
+    base, other = (
+        load(checkpoint_folder.FOLDERS / f"{family}_ascendv1_{kind}")
+        for kind in ("dynamic", "static")
+    )
+    layers = list(base.layers)
+    changed = {part: getattr(other.layers[index], part)}
+    layers[index] = dataclasses.replace(layers[index], **changed)
+    model = dataclasses.replace(base, layers=tuple(layers))
+    checkpoints.save(model, tmp_path / "saved")
+    assert_same(load(tmp_path / "saved"), model)
+
+
+def test_deq_scale_is_that_of_a_bfloat16_model(tmp_path):
+    for kind, dtype in (("static", "bfloat16"), ("dynamic", "float32")):
+        checkpoints.save(
+            load(checkpoint_folder.FOLDERS / f"llama3_ascendv1_{kind}"), tmp_path / kind
+        )
+        assert json.loads((tmp_path / kind / "config.json").read_text())["dtype"] == dtype
+    name = "model.layers.0.self_attn.q_proj.deq_scale"
+    assert checkpoint_folder.read_tensors(tmp_path / "static")[name].dtype == np.float32
+
+
 def test_partial_rotary(tmp_path):
     """Columns that were permuted on loading go back to the order of the file."""
     copy = Copy("qwen3_float")

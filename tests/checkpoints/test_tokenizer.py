@@ -41,6 +41,15 @@ def test_a_tokenizer_file(folder):
         tokenizer.encode(b"\xff")
 
 
+def test_what_a_tokenizer_was_trained_with(folder):
+    """A file may say how training cut and filled its texts; whole texts are read here."""
+    tokenizer = words(256)
+    tokenizer.enable_truncation(2)
+    tokenizer.enable_padding(length=6, pad_id=9, pad_token="w9", direction="left")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    assert load_tokenizer(folder, 256).encode(b"w3 w255 w7 w1").tolist() == [3, 255, 7, 1]
+
+
 def test_a_tokenizer_of_more_words_than_the_model_has(folder):
     tokenizer = load_tokenizer(folder, 100)
     assert tokenizer.encode(b"w3").tolist() == [3]

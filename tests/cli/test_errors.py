@@ -140,14 +140,16 @@ def test_damaged_scales(damage, message, tmp_path, capsys):
     assert re.search(message, error), error
 
 
-@pytest.mark.parametrize("value", [np.nan, 0, -0.1, np.inf])
+@pytest.mark.parametrize("value", [np.nan, 0, -0.1, np.inf, 1e-40])
 def test_scales_that_are_no_scales(value, tmp_path, capsys):
     path = tmp_path / "scales.npz"
     array = SCALES[KEY].copy()
     array[1, 3] = value
     np.savez(path, **SCALES | {KEY: array})
     error = error_of(["demo", "--scales", str(path)], capsys)
-    assert f"`{KEY}` must be finite and above 0, got {np.float32(value)} in '{path}'" in error
+    assert (
+        f"`{KEY}` must be finite, normal and above 0, got {np.float32(value)} in '{path}'" in error
+    )
 
 
 @pytest.mark.parametrize(("given", "missing"), ["kv", "vk"])
@@ -172,6 +174,15 @@ def test_offsets_come_in_pairs_and_are_finite(given, missing, tmp_path, capsys):
         (["--out", "{tmp}/out", "--plot", "{tmp}"], "cannot write '{tmp}': Is a directory"),
         (["--out", "{tmp}/out", "--plot", ""], "cannot write '': No such file or directory"),
         (["--out", "{tmp}/out", "--plot", "x.xyz"], "cannot write 'x.xyz': a figure may end in "),
+        (
+            ["--out", "{tmp}/text/new", "--format", "ascend_v1"],
+            "cannot write '{tmp}/text/new': Not a directory",
+        ),
+        (["--out", "{tmp}", "--format", "ascend_v1"], "cannot write '{tmp}': Directory not empty"),
+        (
+            ["--out", "{tmp}/text", "--format", "ascend_v1"],
+            "cannot write '{tmp}/text': Not a directory",
+        ),
         (["--out", "{tmp}/out", "--format", "compressed_tensors"], "add `--reduce max`"),
         (["--out", "{tmp}/out", "--format", "onnxruntime", "--asymmetric"], "omit `--asymmetric`"),
         (

@@ -135,6 +135,52 @@ def test_vmap_equals_a_loop(name, mode):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), result, expected)
 
 
+@pytest.mark.parametrize("mode", ["automatic", "explicit"])
+@pytest.mark.parametrize("over", ["dp", None])
+def test_vmap_over_v_alone(over, mode):
+    """K, which all examples share, lies as V does without the examples."""
+    (q, cache, _, positions), _ = drawn("sequences")
+    values = jnp.stack([cache.v_cache, -cache.v_cache])
+    mesh = make_mesh(mode)
+    codes = P(None, None, "tp") if over else P("dp", None, "tp")
+    placed = [
+        jax.device_put(a, NamedSharding(mesh, spec))
+        for a, spec in ((cache.k_cache, codes), (values, P(over, *codes)))
+    ]
+    cache = jax.device_put(cache, NamedSharding(mesh, P()))
+
+    def attend(k, v):
+        own = dataclasses.replace(cache, k_cache=k, v_cache=v)
+        return decode_attention(q, own, positions=positions)
+
+    out = jax.jit(jax.vmap(attend, in_axes=(None, 0)))(*placed)
+    for one, v in zip(np.asarray(out), np.asarray(values), strict=True):
+        alone = jax.device_put((np.asarray(cache.k_cache), v), jax.devices()[0])
+        whole = jax.tree.map(np.asarray, cache)
+        whole = dataclasses.replace(whole, k_cache=alone[0], v_cache=alone[1])
+        expected = decode_attention(np.asarray(q), whole, positions=positions)
+        np.testing.assert_allclose(one, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("mode", ["automatic", "explicit"])
+def test_axes_of_one_device_are_none(mode):
+    """A mesh of another shape may have them: rows with a window, and D."""
+    kind = AxisType.Explicit if mode == "explicit" else AxisType.Auto
+    mesh = jax.make_mesh((2, 1), ("dp", "tp"), (kind,) * 2)
+    q, cache, keywords = Call(kind="paged", B=2, rows=24, block=8).draw()
+    keywords = {n: a for n, a in keywords.items() if a is not None} | {"window": 5}
+    expected = decode_attention(q, cache, **keywords)
+    for spec in (P("dp", "tp"), P("dp", None, None, "tp")):
+        own = {
+            n: jax.device_put(getattr(cache, n), NamedSharding(mesh, spec))
+            for n in ("k_cache", "v_cache")
+        }
+        placed = jax.device_put((q, cache), NamedSharding(mesh, P()))
+        placed = (placed[0], dataclasses.replace(placed[1], **own))
+        out = jax.jit(lambda q, cache: decode_attention(q, cache, **keywords))(*placed)
+        np.testing.assert_allclose(out, expected, atol=2e-5)
+
+
 @each_mode
 @each_layout
 def test_what_moves(name, mode):

@@ -12,6 +12,7 @@ from support.internals import modes
 
 from jax_kvcache import dequant_rope_quant_kvcache
 
+CACHES = ("k_cache", "v_cache")
 KINDS = {"automatic": AxisType.Auto, "explicit": AxisType.Explicit}
 SIZES = dict(B=4, S=1, Nq=4, Nkv=4, D=8, C1=4, C2=8)
 
@@ -31,6 +32,47 @@ REFUSED = {
     "caches": (dict(k_spec=P("dp"), v_spec=P(None, "dp")), "`v_cache` must be sharded like `k_c"),
     "q_heads": (dict(k_spec=P(None, None, "tp"), Nq=3), "Nq divisible by 2, got Nq = 3"),
 }
+
+
+@pytest.mark.parametrize("rows", [(4, 6), (6, 4)])
+@pytest.mark.parametrize("mode", ["contiguous", "page"])
+def test_a_cache_in_unequal_parts(mode, rows):
+    """Only a constraint can ask for it. What XLA adds to make them equal is no row."""
+    mesh = jax.make_mesh((4,), ("x",), (AxisType.Auto,))
+    call = calls.ones(**SIZES | dict(zip(("C1", "C2"), rows, strict=True)))
+    spec = P("x") if rows[0] % 4 else P(None, "x")
+    where = NamedSharding(mesh, spec)
+
+    @jax.jit
+    def run(call):
+        caches = {n: jax.lax.with_sharding_constraint(call[n], where) for n in CACHES}
+        return dequant_rope_quant_kvcache(**call | caches, cache_mode=mode)
+
+    call = {name: jax.device_put(value, NamedSharding(mesh, P())) for name, value in call.items()}
+    message = "`k_cache` must be cut into equal parts, got a dimension of 6 over 4 devices"
+    with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+        run(call)
+
+
+def test_unreduced_operands():
+    mesh = jax.make_mesh((2, 2), ("dp", "tp"), (AxisType.Explicit,) * 2)
+    call = calls.ones(**SIZES)
+    x = jnp.zeros((*call["x"].shape[:-1], 2), jnp.bfloat16)
+    weight = jnp.zeros((2, call["x"].shape[-1]), jnp.bfloat16)
+    call |= {n: jnp.ones(call[n].shape, jnp.bfloat16) for n in ("cos", "sin")}
+    call = {n: jax.device_put(a, NamedSharding(mesh, P())) for n, a in call.items()}
+    x = jax.device_put(x, NamedSharding(mesh, P(None, None, "tp")))
+    weight = jax.device_put(weight, NamedSharding(mesh, P("tp", None)))
+    for name in ("weight_scale", "activation_scale", "bias"):
+        call.pop(name, None)
+
+    def run(x, weight, call):
+        out = NamedSharding(mesh, P(None, None, None, unreduced={"tp"}))
+        x = jnp.einsum("bsk,kh->bsh", x, weight, out_sharding=out)
+        return dequant_rope_quant_kvcache(**call | {"x": x})
+
+    with pytest.raises(ValueError, match=r"an operand is unreduced over \['tp'\]"):
+        jax.jit(run)(x, weight, call)
 
 
 @pytest.mark.parametrize("kind", KINDS)

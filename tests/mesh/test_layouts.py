@@ -6,8 +6,9 @@ import math
 import jax
 import numpy as np
 import pytest
-from jax.sharding import AxisType
-from support import hlo, layouts, oracle
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from support import calls, hlo, layouts, oracle
 from support.results import assert_results
 
 from jax_kvcache import dequant_rope_quant_kvcache
@@ -45,6 +46,43 @@ def test_layout(name, shape, kind, implementation):
     rows = layouts.result_shardings(layout, mesh).q
     assert result.q.sharding.is_equivalent_to(rows, 4)
     layouts.check(result, layout)
+
+
+UNEQUAL = {
+    "one step, sequences and tokens": ("contiguous", dict(B=4, S=1), P("dp"), P("dp", "tp")),
+    "three steps": ("contiguous", dict(B=4, S=3), P("dp"), P("dp", "tp")),
+    "six tokens": ("page", dict(B=6, S=1), P("tp"), P(("dp", "tp"))),
+}
+
+
+@pytest.mark.parametrize("wanted_of", ["x", "q"])
+@pytest.mark.parametrize("name", UNEQUAL)
+def test_tokens_in_unequal_parts(name, wanted_of):
+    """A constraint may ask for it. What XLA adds to make them equal is no token."""
+    mode, sizes, of_caches, of_tokens = UNEQUAL[name]
+    mesh = jax.make_mesh((2, 2), ("dp", "tp"), (AxisType.Auto,) * 2)
+    call = calls.drawn(
+        0, Nq=4, Nkv=2, D=8, C1=6 if mode == "page" else 4, C2=8, cache_mode=mode, **sizes
+    )
+    call["indices"] = np.where(call["indices"] > 50, -1, call["indices"] % 6 + 1).astype(np.int32)
+    expected = dequant_rope_quant_kvcache(**call, cache_mode=mode)
+
+    def constrained(array):
+        return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, of_tokens))
+
+    def run(call):
+        if wanted_of == "x":
+            call = call | {"x": constrained(call["x"])}
+        result = dequant_rope_quant_kvcache(**call, cache_mode=mode)
+        return result._replace(q=constrained(result.q)) if wanted_of == "q" else result
+
+    caches = {n: NamedSharding(mesh, of_caches) for n in ("k_cache", "v_cache")}
+    placed = {
+        n: jax.device_put(a, caches.get(n, NamedSharding(mesh, P()))) for n, a in call.items()
+    }
+    result = jax.jit(run)(placed)
+    for name in ("q", "k_cache", "v_cache"):
+        np.testing.assert_array_equal(getattr(result, name), getattr(expected, name))
 
 
 @pytest.mark.parametrize("kind", KINDS)

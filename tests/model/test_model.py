@@ -95,6 +95,12 @@ def test_sampling_depends_on_the_seed_alone(model):
     assert sample(1) != sample(2)
 
 
+def test_the_least_temperature_is_greedy(model):
+    steps = generate(model, new_cache(model, 1), numbers(TEXT), temperature=2e-38, seed=0)
+    for step in itertools.islice(steps, 20):
+        assert step.token[0] == step.greedy[0]
+
+
 def test_generation_ends_with_the_context(model):
     prompt = numbers(TEXT * 8)
     steps = list(generate(model, new_cache(model, 1), prompt[:250], temperature=0.0, seed=0))

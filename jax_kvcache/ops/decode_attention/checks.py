@@ -18,6 +18,7 @@ from jax_kvcache.ops.checks import (
     check_shape,
 )
 from jax_kvcache.ops.implementation import check_implementation
+from jax_kvcache.ops.slots import INT32_MAX
 
 _SMALLEST, _LARGEST = (float(getattr(jnp.finfo(jnp.float32), name)) for name in ("tiny", "max"))
 
@@ -126,7 +127,7 @@ def _check_window(window: Any) -> int:
         return 0
     if check_int("window", window) < 1:
         raise ValueError(f"`window` must be at least 1, got {window}. None sees all rows.")
-    return min(int(window), 2**31 - 1)
+    return int(window) if window <= INT32_MAX else 0  # no position is that far
 
 
 def _check_soft_cap(soft_cap: Any) -> float:

@@ -87,7 +87,9 @@ class Chunks:
         there = jnp.take(self.exists, in_blocks, axis=1, mode="clip")  # [B, blocks]
         there = jnp.broadcast_to(there[:, :, None], (*there.shape, self.rows_read))
         # A row number that int32 cannot hold is negative here.
-        return numbers, there.reshape(there.shape[0], -1) & new & (numbers >= 0)[None, :]
+        return numbers, there.reshape(there.shape[0], numbers.shape[0]) & new & (numbers >= 0)[
+            None, :
+        ]
 
     def bounds(self, positions: jax.Array, window: int) -> tuple[jax.Array, jax.Array]:
         """The first step and the one after the last that some query sees a row of."""
@@ -134,7 +136,7 @@ class Chunks:
         lead = len(self.numbers)
         sizes = (*[1] * lead, self.rows_read, *codes.shape[-2:])
         read = _gather(codes, index, sizes, tuple(range(lead + 1)), collapsed=lead, kept=2)
-        return read.reshape(self.batch, -1, *codes.shape[-2:])
+        return read.reshape(self.batch, self.blocks * self.rows_read, *codes.shape[-2:])
 
 
 def _gather(

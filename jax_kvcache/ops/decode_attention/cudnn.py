@@ -23,6 +23,7 @@ from jax import lax
 from jax_kvcache import _compat
 from jax_kvcache.backends import cuda
 from jax_kvcache.ops.decode_attention.merge import normalise
+from jax_kvcache.ops.slots import INT32_MAX
 
 _MOST_HEAD_DIM = 128
 _MULTIPLE = 128  # rows that are read together are a multiple of this
@@ -93,7 +94,8 @@ def attend(
     positions = ops.positions
     sees = positions >= 0
     # Of the queries that see something, [B]:
-    first = jnp.where(sees, positions, jnp.iinfo(jnp.int32).max - 1).min(axis=1)
+    # The largest int32, to which nothing can be added, names no row.
+    first = jnp.where(sees, jnp.minimum(positions, INT32_MAX - 1), INT32_MAX - 1).min(axis=1)
     last = jnp.minimum(positions, rows.capacity - 1).max(axis=1)
     centre = rows.mean_of_v(last)
     if options.window:
@@ -191,12 +193,12 @@ class _Rows:
     def __init__(self, ops: Any):
         self._ops = ops
         self._block_rows, self._kv_heads, self._head_dim = ops.k_cache.shape[-3:]
-        self.capacity = ops.exists.shape[1] * self._block_rows
+        self.capacity = min(ops.exists.shape[1] * self._block_rows, INT32_MAX)
 
     def most_together(self) -> int:
         """How many rows of each sequence may be read together: a multiple of 128."""
         batch = len(self._ops.exists)
-        per_row = 2 * 2 * batch * self._kv_heads * self._head_dim
+        per_row = 2 * 2 * max(batch, 1) * self._kv_heads * self._head_dim
         fit = max(_BUDGET // per_row // _MULTIPLE, 1)
         return min(fit, -(-self.capacity // _MULTIPLE)) * _MULTIPLE
 
@@ -204,6 +206,7 @@ class _Rows:
         """How many rows there are before the first one whose block is missing: [B]."""
         missing = ~self._ops.exists
         blocks = jnp.where(missing.any(axis=1), missing.argmax(axis=1), missing.shape[1])
+        blocks = jnp.minimum(blocks, INT32_MAX // self._block_rows)
         return blocks.astype(jnp.int32) * self._block_rows
 
     def exist(self, numbers: jax.Array) -> jax.Array:

@@ -37,7 +37,8 @@ def explain_attention(
     Nothing is computed: arrays, the cache's too (`jax.eval_shape` of its `create`), may be given as
     `jax.ShapeDtypeStruct`. Over automatic mesh axes beside manual or explicit ones, over automatic
     axes in `jax.export`, and on a platform without custom partitioning the operations of the
-    reference are emitted instead; the first is seen here, where the arrays say so.
+    reference are emitted instead; the first is seen here, where the arrays say so. That a cache's
+    rows or blocks are sharded is not: devices then merge their parts in float32, without cuDNN.
 
     Args:
       q, cache, lengths, positions, block_table, layer, scale, window, soft_cap, sinks, return_lse,

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from jax_kvcache.mesh import Call, Sharding, axes_of, num_shards, real_axes
+from jax_kvcache.mesh import Call, Sharding, axes_of, axes_of_caches, num_shards, real_axes
 from jax_kvcache.ops.decode_attention.merge import merge_over_axes
 from jax_kvcache.ops.decode_attention.reference import Operands, Results
 from jax_kvcache.ops.operands import absent, is_absent, match, partition_spec, table
@@ -47,31 +47,13 @@ def layout_of(mesh: Any, ops: Any, results: Any, options: Any) -> Layout:
     """The layout that the operands' shardings ask for; see `mesh.Sharding`."""
     del results  # the cache decides
     group_rank = len(ops.table.shape) - 2
-    cache, v_cache = (axes_of(c.sharding, len(c.shape)) for c in (ops.k_cache, ops.v_cache))
-    if cache != v_cache:
-        raise ValueError(
-            f"`v_cache` must be sharded like `k_cache`, {ops.k_cache.sharding.spec}, got "
-            f"{ops.v_cache.sharding.spec}. Place both caches with one sharding."
-        )
-    *lead, rows, heads, head_dim = cache
-    if head_dim:
-        raise ValueError(
-            "`k_cache` must not be sharded over its last dimension D, got "
-            f"{ops.k_cache.sharding.spec}. Shard Nkv instead."
-        )
-    shards = num_shards(mesh, heads)
-    for name, number in (("Nkv", ops.k_cache.shape[-2]), ("Nq", ops.q.shape[-2])):
-        if number % shards:
-            raise ValueError(
-                f"`k_cache` with its heads over {shards} devices needs {name} divisible by "
-                f"{shards}, got {name} = {number}. Use fewer devices for the heads."
-            )
+    *lead, rows, heads, _ = axes_of_caches(mesh, ops, ops.q.shape[-2])
     groups, blocks = tuple(lead[:group_rank]), tuple(lead[group_rank:])
     own_groups, (batch, steps) = (
         axes_of(ops.q.sharding, len(ops.q.shape))[part]
         for part in (slice(group_rank), slice(group_rank, group_rank + 2))
     )
-    if rows and options.window and ops.table.shape[-1] != 1:
+    if real_axes(mesh, rows) and options.window and ops.table.shape[-1] != 1:
         raise ValueError(
             "`window` needs whole blocks on every device, got `k_cache` with the rows of its "
             f"blocks sharded, {ops.k_cache.sharding.spec}. Shard the blocks instead."

@@ -13,7 +13,16 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jax_kvcache.mesh import Call, Sharding, axes_of, move, num_shards, own_part, real_axes
+from jax_kvcache.mesh import (
+    Call,
+    Sharding,
+    axes_of,
+    axes_of_caches,
+    move,
+    num_shards,
+    own_part,
+    real_axes,
+)
 from jax_kvcache.ops.dequant_rope_quant_kvcache.reference import Operands, Results, write_rows
 from jax_kvcache.ops.operands import is_absent, partition_spec, table
 from jax_kvcache.ops.slots import Axes, shard_slots
@@ -43,31 +52,17 @@ def layout_of(mesh: Any, ops: Any, results: Any, options: Any) -> Layout:
     """
     del options
     group_rank = len(ops.slots.shape) - 1
-    cache, v_cache = (axes_of(c.sharding, len(c.shape)) for c in (ops.k_cache, ops.v_cache))
-    if cache != v_cache:
-        raise ValueError(
-            f"`v_cache` must be sharded like `k_cache`, {ops.k_cache.sharding.spec}, got "
-            f"{ops.v_cache.sharding.spec}. Place both caches with one sharding."
-        )
-    *rest, heads, head_dim = cache
-    if head_dim:
-        raise ValueError(
-            f"`k_cache` must not be sharded over its last dimension D, which RoPE rotates as a "
-            f"whole, got {ops.k_cache.sharding.spec}. Shard Nkv instead."
-        )
     num_kv_heads, head_size = ops.k_cache.shape[-2:]
     num_q_heads = ops.x.shape[-1] // head_size - 2 * num_kv_heads
-    shards = num_shards(mesh, heads)
-    for name, number in (("Nkv", num_kv_heads), ("Nq", num_q_heads)):
-        if number % shards:
-            raise ValueError(
-                f"`k_cache` with its heads over {shards} devices needs {name} divisible by "
-                f"{shards}, got {name} = {number}. Use fewer devices for the heads."
-            )
+    *rest, heads, _ = axes_of_caches(mesh, ops, num_q_heads)
+    *sizes, _ = ops.x.shape
     tokens = axes_of(ops.x.sharding, len(ops.x.shape))[:-1]
     if results is not None and not any(tokens):
         tokens = axes_of(results[0].sharding, len(tokens) + 2)[:-2]
     tokens = tuple(tuple(a for a in axes if a not in heads) for axes in tokens)
+    # What XLA adds to make parts equal is no token: it would be written.
+    even = [size % num_shards(mesh, axes) == 0 for size, axes in zip(sizes, tokens, strict=True)]
+    tokens = tuple(axes if cut else () for axes, cut in zip(tokens, even, strict=True))
     return Layout(tokens, tuple(rest[:group_rank]), tuple(rest[group_rank:]), heads)
 
 

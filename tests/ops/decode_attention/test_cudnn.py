@@ -128,6 +128,18 @@ def test_one_cache_of_all_examples(shared, in_float32):
         attention.assert_close(out[i], expected, value, score)
 
 
+@pytest.mark.parametrize("window", [None, 40])
+def test_the_last_position_of_int32(window, in_float32):
+    """Nothing can be added to it."""
+    call = PROMPTS["prompt of several tiles"]._replace(window=window)
+    q, cache, keywords = call.draw()
+    keywords["positions"] = np.full((call.B, call.S), 2**31 - 1, np.int32)
+    keywords["positions"][0, :5] = 3
+    out, _ = attend(*canonical(q, cache, keywords))
+    expected, _, score, value = attention.in_float64(q, cache, **keywords)
+    attention.assert_close(out, expected, value, score)
+
+
 LENGTHS = {
     "prompt of several tiles": Call(B=3, S=70, rows=200),
     "longer than the cache": Call(B=3, S=70, rows=30),

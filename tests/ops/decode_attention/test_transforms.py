@@ -103,6 +103,27 @@ def test_derivatives_are_those_of_the_formula(kind):
     np.testing.assert_allclose(moved, (after - before) / (2 * step), rtol=1e-3, atol=1e-3)
 
 
+@each_implementation
+@each_kind
+def test_no_sequences(kind, implementation):
+    q, cache, keywords = drawn(kind)
+    keywords = {n: a[:0] if np.ndim(a) else a for n, a in keywords.items()}
+    out = decode_attention(q[:0], cache, **keywords, implementation=implementation)
+    assert out.shape == (0, *q.shape[1:])
+
+
+@each_implementation
+def test_a_window_beyond_int32_sees_all_rows(implementation):
+    q, cache, keywords = drawn("contiguous")
+    keywords |= {"implementation": implementation}
+    keywords["positions"] = np.full_like(keywords["positions"], 2**31 - 1)
+    expected = decode_attention(q, cache, **keywords)
+    for window in (2**31, 2**40):
+        np.testing.assert_array_equal(
+            decode_attention(q, cache, window=window, **keywords), expected
+        )
+
+
 def test_no_reverse_mode():
     q, cache, keywords = drawn("contiguous")
     attend = functools.partial(decode_attention, cache=cache, **keywords)
