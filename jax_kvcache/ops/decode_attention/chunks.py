@@ -86,10 +86,9 @@ class Chunks:
         new = ((in_blocks >= block)[:, None] & (in_rows >= row)[None, :]).reshape(1, -1)
         there = jnp.take(self.exists, in_blocks, axis=1, mode="clip")  # [B, blocks]
         there = jnp.broadcast_to(there[:, :, None], (*there.shape, self.rows_read))
+        there = there.reshape(there.shape[0], numbers.shape[0])
         # A row number that int32 cannot hold is negative here.
-        return numbers, there.reshape(there.shape[0], numbers.shape[0]) & new & (numbers >= 0)[
-            None, :
-        ]
+        return numbers, there & new & (numbers >= 0)[None, :]
 
     def bounds(self, positions: jax.Array, window: int) -> tuple[jax.Array, jax.Array]:
         """The first step and the one after the last that some query sees a row of."""
