@@ -91,6 +91,21 @@ def on_mesh(cache, kind=AUTO, v_cache=None, out=None, heads=4, mesh=(2, 2), **si
     return jax.jit(step, out_shardings=out)(call)
 
 
+def constrained(**sizes):
+    mesh = jax.make_mesh((2, 2), ("dp", "tp"), (AUTO,) * 2)
+    call = calls.ones(**dict(B=4, S=1, Nq=4, Nkv=4, D=8, C1=4) | sizes)
+    call = jax.device_put(call, NamedSharding(mesh, P()))
+
+    def step(call):
+        rows = NamedSharding(mesh, P(None, "tp"))
+        of_rows = {
+            n: jax.lax.with_sharding_constraint(call[n], rows) for n in ("k_cache", "v_cache")
+        }
+        return dequant_rope_quant_kvcache(**call | of_rows).q
+
+    return jax.jit(step)(call)
+
+
 def attend_on_mesh(codes, v_codes=None, **changed):
     mesh = jax.make_mesh((2, 2), ("dp", "tp"), (EXPLICIT,) * 2)
     ones = np.ones((4, 8))
@@ -316,6 +331,9 @@ CASES = {
         on_mesh, {"cache": P(None, "dp"), "out": P("dp")},
         "Give it the same sharding in out_shardings",
         {"cache": P(None, "dp"), "out": P(None, "dp")},
+    ),
+    "rows that the devices do not divide": Case(
+        constrained, {"C2": 7}, "Make it larger, or use fewer devices for it", {"C2": 8},
     ),
     "attention, a sharded head dimension": Case(
         attend_on_mesh, {"codes": P(None, None, None, "tp")}, "Shard Nkv instead",

@@ -7,8 +7,6 @@ observing the union of what they saw, in any order.
 """
 
 import dataclasses
-import itertools
-import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Self, TypeVar
@@ -16,12 +14,10 @@ from typing import Any, Self, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
 from jax_kvcache.export import register_dataclass_serialization
-from jax_kvcache.ops.explicit import automatically, spec_of
-from jax_kvcache.ops.slots import axes_named
+from jax_kvcache.ops.explicit import automatically, merge_leading, spec_of
 
 Observers = TypeVar("Observers")  # an observer, or a pytree of them
 
@@ -41,12 +37,7 @@ def check_channels(values: jax.Array, channels: Sequence[int]) -> None:
 def tokens_first(values: jax.Array, channels: Sequence[int]) -> jax.Array:
     """[N, *channels] float32."""
     check_channels(values, channels)
-    rank = values.ndim - len(channels)
-    spec = spec_of(values)
-    named = [axes_named(spec[i]) for i in range(min(rank, len(spec)))]
-    together = PartitionSpec(tuple(itertools.chain(*named)) or None, *spec[rank:])
-    shape = (math.prod(values.shape[:rank]), *channels)
-    return automatically(lambda v: v.reshape(shape), together, values).astype(jnp.float32)
+    return merge_leading(values, values.ndim - len(channels)).astype(jnp.float32)
 
 
 def check_same_channels(channels: Sequence[int], others: Sequence[int]) -> None:

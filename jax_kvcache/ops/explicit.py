@@ -1,10 +1,14 @@
 """Runs what JAX cannot type in explicit mode, gathers and scatters above all, in automatic mode."""
 
+import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax.sharding import AxisType, PartitionSpec
+
+from jax_kvcache.ops.slots import axes_named
 
 
 def spec_of(array: Any) -> PartitionSpec:
@@ -31,3 +35,12 @@ def automatically(function: Callable, out_specs: Any, *arguments: Any) -> Any:
         return function(*arguments)
     names = tuple(sorted(axes))
     return jax.sharding.auto_axes(function, axes=names, out_sharding=out_specs)(*arguments)
+
+
+def merge_leading(array: jax.Array, count: int) -> jax.Array:
+    """The array with its first `count` dimensions, and the mesh axes that they have, as one."""
+    spec = spec_of(array)
+    axes = tuple(itertools.chain(*map(axes_named, spec[:count])))
+    shape = (math.prod(array.shape[:count]), *array.shape[count:])
+    out = PartitionSpec(axes or None, *spec[count:])
+    return automatically(lambda a: a.reshape(shape), out, array)

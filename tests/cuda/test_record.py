@@ -192,7 +192,7 @@ FFI_CUDA = Path(__file__).parents[2] / "ffi" / "cuda"
 SIZES_IN_CPP = {
     "decode_attention_call.cc": r"known : \{([\d, ]+)\}",  # taken
     "decode_attention.cc": r"LaunchBlocks<(\d+)>",  # launched
-    "build.cmake": r"foreach\(head_dim ([\d ]+)\)",  # compiled
+    "build.cmake": r"set\(CUDA_HEAD_DIMS ([\d ]+)\)",  # compiled
 }
 
 

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jax_kvcache import numerics
 
@@ -148,6 +150,17 @@ def test_more_precision_and_other_exponents():
 def test_no_tokens(kind):
     empty = kind.create(CHANNELS)
     assert_same_state(empty.update(jnp.zeros((0, 5, *CHANNELS))), empty)
+
+
+@pytest.mark.parametrize("spec", [P(None, "x"), P("y", "x"), P(("x", "y"))])
+@pytest.mark.parametrize("kind", [numerics.MinMax, numerics.Sketch])
+def test_tokens_over_explicit_axes(kind, spec):
+    values = random_stream(7).reshape(8, 8, *CHANNELS)
+    mesh = jax.make_mesh((2, 2), ("x", "y"), (AxisType.Explicit,) * 2)
+    placed = jax.device_put(values, NamedSharding(mesh, spec))
+    with jax.set_mesh(mesh):
+        seen = kind.create(CHANNELS).update(placed)
+    assert_same_state(seen, kind.create(CHANNELS).update(values))
 
 
 def test_errors_of_no_tokens():
