@@ -50,12 +50,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Prints one line per operator and platform."""
     for name in ("heads", "kv_heads", "head_dim", "batch", "steps", "length"):
-        if (size := getattr(arguments, name)) < 1:
-            raise CommandError(f"`--{name.replace('_', '-')}` must be at least 1, got {size}.")
+        size, option = getattr(arguments, name), f"--{name.replace('_', '-')}"
+        if size < 1:
+            raise CommandError(f"`{option}` must be at least 1, got {size}.")
         if size > INT32_MAX:
-            raise CommandError(
-                f"`--{name.replace('_', '-')}` must be at most {INT32_MAX}, got {size}."
-            )
+            raise CommandError(f"`{option}` must be at most {INT32_MAX}, got {size}.")
     if arguments.head_dim % 2:
         raise CommandError(f"`--head-dim` must be even, got {arguments.head_dim}.")
     if arguments.heads % arguments.kv_heads:

@@ -97,7 +97,7 @@ Operation MakeAccess(const Access& access, const Operands& operands) {
   };
 }
 
-// What is asked for need not be, but a kernel asks for nothing else.
+// A card ignores a request outside of all arrays, but a kernel has no reason to make one.
 Operation MakePrefetch(const Operands& operands) {
   return [operands](Warp& warp, Lanes lanes) {
     ForEach(lanes, [&](int lane) {

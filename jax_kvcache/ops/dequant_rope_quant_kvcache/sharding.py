@@ -55,14 +55,15 @@ def layout_of(mesh: Any, ops: Any, results: Any, options: Any) -> Layout:
     num_kv_heads, head_size = ops.k_cache.shape[-2:]
     num_q_heads = ops.x.shape[-1] // head_size - 2 * num_kv_heads
     *rest, heads, _ = axes_of_caches(mesh, ops, num_q_heads)
-    *sizes, _ = ops.x.shape
     tokens = axes_of(ops.x.sharding, len(ops.x.shape))[:-1]
     if results is not None and not any(tokens):
         tokens = axes_of(results[0].sharding, len(tokens) + 2)[:-2]
     tokens = tuple(tuple(a for a in axes if a not in heads) for axes in tokens)
     # What XLA adds to make parts equal is no token: it would be written.
-    even = [size % num_shards(mesh, axes) == 0 for size, axes in zip(sizes, tokens, strict=True)]
-    tokens = tuple(axes if cut else () for axes, cut in zip(tokens, even, strict=True))
+    tokens = tuple(
+        axes if size % num_shards(mesh, axes) == 0 else ()
+        for size, axes in zip(ops.x.shape[:-1], tokens, strict=True)
+    )
     return Layout(tokens, tuple(rest[:group_rank]), tuple(rest[group_rank:]), heads)
 
 
