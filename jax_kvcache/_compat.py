@@ -196,6 +196,7 @@ def cudnn_attention(
     scale: float,
     mask: jax.Array | None = None,
     kv_lengths: jax.Array | None = None,
+    causal: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """`jax.nn.dot_product_attention` by cuDNN, with its log-sum-exp as float32.
 
@@ -208,18 +209,20 @@ def cudnn_attention(
       scale: factor of the scores.
       mask: [B, 1, S, rows] bool.
       kv_lengths: [B] int32, how many rows each sequence has.
+      causal: whether query s sees no row past row s; with `kv_lengths`.
 
     Returns:
       out, like q, and lse [B, S, Nq] float32.
     """
     kinds = fused_attention.MaskType
-    lengths = None
+    lengths, mask_type = None, kinds.NO_MASK
     if kv_lengths is not None:
         lengths = jax.numpy.full(q.shape[:1], q.shape[1], jax.numpy.int32)
+        mask_type = kinds.PADDING_CAUSAL if causal else kinds.PADDING
     out, lse = fused_attention.dot_product_attention(
         q, k, v, None, mask, lengths, kv_lengths,
         scale=scale,
-        mask_type=kinds.NO_MASK if kv_lengths is None else kinds.PADDING,
+        mask_type=mask_type,
         return_residual=True,
     )  # fmt: skip
     return out, lse.transpose(0, 2, 1).astype(jax.numpy.float32)

@@ -67,10 +67,11 @@ def decode_attention(
     1 MB on a CPU and 256 MB elsewhere, and never less than 128 rows of each sequence take. Queries
     go in tiles of 256. Neither the cache nor a layer is dequantised, gathered or copied as a whole.
     On an NVIDIA GPU more than 16 queries of bfloat16 go through cuDNN, with `implementation="xla"`
-    too: over codes in float16, at most 256 MB of them, or 128 rows of each sequence where that is
-    more, and with weights rounded to it. The largest error is about that of attention over a
-    bfloat16 cache, or less. `explain_attention` says whether a call goes there, and float32 queries
-    never do.
+    too: over codes in float16, at most 256 MB of them, or as many rows of each sequence as queries
+    where that is more, and with weights rounded to it. The largest error is about that of attention
+    over a bfloat16 cache, or less. Queries of a sequence that follow each other, padded or not, and
+    without a `window`, are fastest. `explain_attention` says whether a call goes there, and float32
+    queries never do.
 
     Under `jax.vmap` a cache that is not mapped is shared, not copied. Over several devices it is
     computed where the cache is: shard B (or the blocks) and the heads; sharded rows and blocks

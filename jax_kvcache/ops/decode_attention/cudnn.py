@@ -14,7 +14,7 @@ scores of the rows that the query sees.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from jax import lax
 
 from jax_kvcache import _compat
 from jax_kvcache.backends import cuda
+from jax_kvcache.ops.decode_attention.cudnn_queries import Partial, first_query_first
 from jax_kvcache.ops.decode_attention.merge import normalise
 from jax_kvcache.ops.slots import INT32_MAX
 
@@ -53,32 +54,19 @@ def refusal(operands: Any, options: Any) -> str | None:
     return None if _compat.has_cudnn() else "JAX was built without cuDNN"
 
 
-class Partial(NamedTuple):
-    """Attention over some rows: out [B, S, Nq, D]; lse [B, S, Nq], -inf where nothing is seen."""
-
-    out: jax.Array
-    lse: jax.Array
-
-    def merged(self, other: "Partial") -> "Partial":
-        """Attention over the rows of both."""
-        lse = jnp.logaddexp(self.lse, other.lse)
-        # Where neither sees anything, both are -inf.
-        some = jnp.where(lse == -jnp.inf, 0.0, lse)
-        weights = [jnp.exp(part.lse - some)[..., None] for part in (self, other)]
-        return Partial(self.out * weights[0] + other.out * weights[1], lse)
-
-
 def attend(
     ops: Any, options: Any, attention: Callable[..., tuple[jax.Array, jax.Array]]
 ) -> tuple[jax.Array, jax.Array]:
     """The operator on the reference's flat operands.
 
     The first rows of a sequence, which all of its queries see, need no mask. Of the others, the
-    rows that its queries see differently, there are S where the queries are consecutive.
+    rows that its queries see differently, there are S where its queries are consecutive, beside
+    padding: a causal call reads these. Those of other sequences are read under a mask, and so are
+    rows past a missing block and rows under a window.
 
     Beside q and the results, memory holds some rows of K and V in float16: 256 MB or 128 rows of
-    each sequence, whichever is more. Under a mask it holds at most 2,048 rows of each sequence, and
-    the mask as [B, S, 2048] float16.
+    each sequence, whichever is more, and S rows of each in the causal call. Under a mask it holds
+    at most 2,048 rows of each sequence, and the mask as [B, S, 2048] float16.
 
     Args:
       ops: the reference's flat operands.
@@ -88,22 +76,28 @@ def attend(
     Returns:
       out [B, S, Nq, D] float32 and lse [B, S, Nq] float32, without the sinks.
     """
+    given = ops
+    ops, early = first_query_first(given)
     rows = _Rows(ops)
     queries = ops.q.shape[1]
     q = _scaled_queries(ops, options.scale)
     positions = ops.positions
     sees = positions >= 0
+    there = rows.there()
     # Of the queries that see something, [B]:
     # The largest int32, to which nothing can be added, names no row.
     first = jnp.where(sees, jnp.minimum(positions, INT32_MAX - 1), INT32_MAX - 1).min(axis=1)
     last = jnp.minimum(positions, rows.capacity - 1).max(axis=1)
     centre = rows.mean_of_v(last)
+    step = jnp.arange(queries, dtype=jnp.int32)
+    consecutive = (positions == first[:, None] + step) | ~sees
+    causal = consecutive.all(axis=1) & (not options.window)
     if options.window:
         shared = jnp.zeros_like(first)
         begin = jnp.clip(first - (options.window - 1), 0, rows.capacity)
     else:
-        shared = jnp.where(last >= 0, jnp.minimum(first + 1, rows.there()), 0)
-        begin = shared
+        shared = jnp.where(last >= 0, jnp.minimum(first, there), 0)
+        begin = jnp.where(causal, there, shared)
 
     def call(numbers: jax.Array, seen: jax.Array, **keywords: Any) -> Partial:
         """Attention over rows [B, c]; `seen` [B, S or 1]: whether a query sees any of them."""
@@ -122,6 +116,13 @@ def attend(
         lengths = jnp.clip(shared - step * size, 0, size)
         return call(numbers, (lengths > 0)[:, None] & sees, kv_lengths=lengths)
 
+    def diagonal() -> Partial:
+        """Query s sees row `shared` + s of a causal sequence, and those between."""
+        size = _multiple(min(queries, rows.capacity))
+        numbers = shared[:, None] + jnp.arange(size, dtype=jnp.int32)
+        lengths = jnp.where(causal, jnp.clip(there - shared, 0, size), 0)
+        return call(numbers, (lengths > 0)[:, None] & sees, kv_lengths=lengths, causal=True)
+
     def masked(step: jax.Array, size: int) -> Partial:
         numbers = (begin + step * size)[:, None] + jnp.arange(size, dtype=jnp.int32)
         seen = rows.exist(numbers)[:, None, :] & (numbers[:, None, :] <= positions[:, :, None])
@@ -129,35 +130,38 @@ def attend(
             seen = seen & (positions[:, :, None] - numbers[:, None, :] < options.window)
         return call(numbers, seen.any(axis=2), mask=seen[:, None])
 
-    def over(
+    def remaining(
         part: Callable[[jax.Array, int], Partial],
         size: int,
-        rows_needed: jax.Array | int,
-        total: Partial | None,
+        rows_needed: jax.Array,
+        total: Partial,
+        done: int,
     ) -> Partial:
-        """Merges pieces of `size` rows: as many as are needed, and at least one."""
-        first = part(jnp.int32(0), size)
-        total = first if total is None else total.merged(first)
-        if (rows_needed if isinstance(rows_needed, int) else rows.capacity) <= size:
+        """Merges the pieces of `size` rows that are needed, from number `done` on."""
+        if rows.capacity <= size * done:
             return total
         steps = -(-rows_needed // size)
-        return lax.fori_loop(1, steps, lambda i, old: old.merged(part(i, size)), total)
+        return lax.fori_loop(done, steps, lambda i, old: old.merged(part(i, size)), total)
 
     # The host waits for the condition of a loop whose length is not known before. The one over the
-    # masked rows, which without a window has no steps where up to 2,048 queries are consecutive, is
-    # last, so that all kernels before it are launched then.
-    total = None
-    if not options.window:
-        total = over(unmasked, rows.most_together(), shared.max(initial=0), None)
-    size = min(-(-queries // _MULTIPLE) * _MULTIPLE, _MASKED_ROWS)
-    if options.consecutive and options.contiguous and not options.window:
-        # A sequence's only block is there, or none of its rows is. With a window, a short sequence
-        # needs far fewer rows than a long one.
-        needed = min(queries, rows.capacity)
+    # masked rows, which mostly has no steps, is last, so that all kernels before it are launched.
+    size = min(_multiple(queries), _MASKED_ROWS)
+    needed = jnp.where(last >= 0, last + 1 - begin, 0).max(initial=0)
+    if options.window:
+        total = remaining(masked, size, needed, masked(jnp.int32(0), size), done=1)
     else:
-        needed = jnp.where(last >= 0, last + 1 - begin, 0).max(initial=0)
-    total = over(masked, size, needed, total)
-    return _values(ops, q, centre, total)
+        together = rows.most_together()
+        total = unmasked(jnp.int32(0), together)
+        total = remaining(unmasked, together, shared.max(initial=0), total, done=1)
+        total = total.merged(diagonal())
+        # Of a contiguous cache, a sequence has all of its rows, or none.
+        if not options.consecutive or not options.contiguous:
+            total = remaining(masked, size, needed, total, done=0)
+    return _values(given, _scaled_queries(given, options.scale), centre, total.moved(early))
+
+
+def _multiple(size: int) -> int:
+    return -(-size // _MULTIPLE) * _MULTIPLE
 
 
 def _of_queries(parameter: jax.Array, ops: Any) -> jax.Array:
@@ -200,7 +204,7 @@ class _Rows:
         batch = len(self._ops.exists)
         per_row = 2 * 2 * max(batch, 1) * self._kv_heads * self._head_dim
         fit = max(_BUDGET // per_row // _MULTIPLE, 1)
-        return min(fit, -(-self.capacity // _MULTIPLE)) * _MULTIPLE
+        return min(fit * _MULTIPLE, _multiple(self.capacity))
 
     def there(self) -> jax.Array:
         """How many rows there are before the first one whose block is missing: [B]."""

@@ -43,32 +43,50 @@ def check(results, call, q, cache, keywords):
 
 
 @pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("consecutive", [True, False])
-def test_prefill(name, consecutive):
-    """Positions that follow each other, as in a prompt, and positions of any order."""
+@pytest.mark.parametrize("order", ["consecutive", "padded", "any"])
+def test_prefill(name, order):
+    """Positions that follow each other, as in a prompt, also with padding, and any positions."""
     call = CALLS[name]
     q, cache, keywords = call.draw()
-    if consecutive:
+    if order != "any":
         first = np.array([call.rows - call.S, 0, 5][: call.B], np.int32)
         keywords["positions"] = first[:, None] + np.arange(call.S, dtype=np.int32)
+    if order == "padded":
+        keywords["positions"][0, :3] = keywords["positions"][-1, -9:] = -1
     run = jax.jit(lambda q, cache: decode_attention(q, cache, return_lse=True, **keywords))
     check(run(q, cache), call, q, cache, keywords)
 
 
-@pytest.mark.parametrize("window", [None, 150])
-def test_lengths(window):
+LENGTHS = {
+    "a prompt": Call(B=3, S=130, D=64, rows=700, dtype=BF16),
+    "more queries than rows": Call(B=3, S=300, D=128, rows=200, dtype=BF16),
+    "window": Call(B=3, S=130, D=64, rows=700, window=150, dtype=BF16),
+    "layers": Call(B=3, S=64, D=80, rows=300, layers=2, dtype=BF16),
+    "paged": Call(kind="paged", B=3, S=600, D=128, rows=3000, block=16, dtype=BF16),
+    "missing blocks": Call(
+        kind="paged", B=3, S=130, D=64, rows=700, block=16, holes=True, dtype=BF16
+    ),
+    "offsets and sinks": Call(B=3, S=70, D=64, rows=200, offset=9.0, sinks=True, dtype=BF16),
+}
+
+
+@pytest.mark.parametrize("name", LENGTHS)
+def test_lengths(name):
     """A prompt given by its length, also one that is shorter than the queries."""
-    call = Call(B=2, S=64, D=64, rows=300, window=window, dtype=BF16)
+    call = LENGTHS[name]
     q, cache, keywords = call.draw()
-    lengths = np.array([300, 40], np.int32)
+    lengths = np.array([call.rows, 7, call.rows + 25], np.int32)
     del keywords["positions"]
     results = decode_attention(q, cache, lengths, return_lse=True, **keywords)
-    keywords["positions"] = lengths[:, None] + np.arange(-64, 0, dtype=np.int32)
+    keywords["positions"] = lengths[:, None] + np.arange(-call.S, 0, dtype=np.int32)
     check(results, call, q, cache, keywords)
 
 
-def test_mesh_of_one_device():
+@pytest.mark.parametrize("given", ["positions", "lengths"])
+def test_mesh_of_one_device(given):
     q, cache, keywords = Call(B=2, S=64, Nkv=2, D=64, rows=300, dtype=BF16).draw()
+    if given == "lengths":
+        keywords = {"lengths": np.array([300, 40], np.int32)}
     run = jax.jit(lambda q, cache: decode_attention(q, cache, **keywords))
     alone = run(q, cache)
     mesh = jax.make_mesh((1,), ("heads",), (AxisType.Auto,))
@@ -80,13 +98,17 @@ def test_mesh_of_one_device():
     np.testing.assert_array_equal(on_mesh, alone)
 
 
-def test_no_worse_than_a_bfloat16_cache():
+@pytest.mark.parametrize("given", ["positions", "lengths"])
+def test_no_worse_than_a_bfloat16_cache(given):
     """The mean error is at most that of cuDNN over a bfloat16 cache of the exact values."""
     call = Call(B=1, S=96, D=64, rows=1100, q_size=0.2, spread=8.0, dtype=BF16)
     q, cache, keywords = call.draw()
     positions = np.arange(call.rows - call.S, call.rows, dtype=np.int32)[None]
     keywords["positions"] = positions
-    ours = decode_attention(q, cache, **keywords)
+    if given == "lengths":
+        ours = decode_attention(q, cache, np.array([call.rows], np.int32))
+    else:
+        ours = decode_attention(q, cache, **keywords)
     k, v = (a.astype(BF16) for a in cache.dequantize())
     mask = jnp.asarray(np.arange(call.rows) <= positions[..., None])[:, None]
     theirs = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")

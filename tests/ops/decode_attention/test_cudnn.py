@@ -28,7 +28,7 @@ TAKEN = {
 }
 
 
-def in_xla(q, k, v, *, scale, mask=None, kv_lengths=None):
+def in_xla(q, k, v, *, scale, mask=None, kv_lengths=None, causal=False):
     """What `_compat.cudnn_attention` computes; a query that sees nothing gets any numbers.
 
     As in cuDNN, the weights and the results are rounded to q's dtype, all else is float32, and a
@@ -45,6 +45,10 @@ def in_xla(q, k, v, *, scale, mask=None, kv_lengths=None):
     if kv_lengths is not None:
         seen = jnp.arange(k.shape[1]) < kv_lengths[:, None]
         scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
+    if causal:
+        assert kv_lengths is not None
+        seen = np.arange(k.shape[1]) <= np.arange(q.shape[1])[:, None]
+        scores = jnp.where(seen[:, None], scores, -jnp.inf)
     peak = scores.max(axis=-1, keepdims=True)
     weights = jnp.exp(scores - peak)
     total = weights.sum(axis=-1)
@@ -145,7 +149,9 @@ LENGTHS = {
     "longer than the cache": Call(B=3, S=70, rows=30),
     "window": Call(B=3, S=50, rows=300, window=40),
     "layers": Call(B=3, S=50, rows=300, layers=2),
-    "paged": Call(kind="paged", B=3, S=33, rows=400, holes=True),
+    "paged": Call(kind="paged", B=3, S=33, rows=400),
+    "missing blocks": Call(kind="paged", B=3, S=33, rows=400, holes=True),
+    "offsets and sinks": Call(B=3, S=70, rows=200, offset=9.0, sinks=True),
 }
 
 
@@ -161,6 +167,29 @@ def test_lengths_equal_positions(name, pieces, in_float32, monkeypatch):
     keywords["positions"] = lengths[:, None] + np.arange(-call.S, 0, dtype=np.int32)
     expected, expected_lse, score, value = attention.in_float64(q, cache, **keywords)
     out, lse = attend(*canonical(q, cache, keywords | {"positions": None, "lengths": lengths}))
+    attention.assert_close(out, expected, value, score)
+    np.testing.assert_allclose(lse, expected_lse, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("pieces", ["large pieces", "small pieces"])
+@pytest.mark.parametrize("kind", ["contiguous", "paged"])
+def test_padded_prompts(kind, pieces, in_float32, monkeypatch):
+    """Queries that are consecutive but for padding around them, or within, or in no sequence."""
+    if pieces == "small pieces":
+        read_in_small_pieces(monkeypatch)
+    call = Call(kind=kind, B=6, S=40, rows=100)
+    q, cache, keywords = call.draw()
+    step = np.arange(40, dtype=np.int32)
+    keywords["positions"] = np.stack([
+        np.where(step < 7, step, -1),
+        np.where(step < 33, -1, step - 33),
+        np.where((step < 5) | (step > 30), -5, step + 20),
+        np.where(step % 3 == 0, -1, step + 50),
+        np.full(40, -1, np.int32),
+        np.where(step < 20, step + 85, step - 20),
+    ])  # fmt: skip
+    expected, expected_lse, score, value = attention.in_float64(q, cache, **keywords)
+    out, lse = attend(*canonical(q, cache, keywords))
     attention.assert_close(out, expected, value, score)
     np.testing.assert_allclose(lse, expected_lse, rtol=1e-5, atol=1e-5)
 
@@ -181,9 +210,15 @@ def test_loops_of_unknown_length(given, window, loops, in_place_of_cudnn):
     assert str(jax.make_jaxpr(run)(operands)).count(" while[") == loops
 
 
-@pytest.mark.parametrize(("steps", "calls"), [(8, 2), (24, 4), (100, 5)])
-def test_calls_of_cudnn(steps, calls, in_place_of_cudnn, monkeypatch):
-    """All rows together, then 8 at a time: as many rows as there are queries, or in the cache."""
+@pytest.mark.parametrize(
+    ("given", "steps", "calls"),
+    [("lengths", 24, 2), ("positions", 24, 2), ("no order", 8, 3), ("no order", 100, 6)],
+)
+def test_calls_of_cudnn(given, steps, calls, in_place_of_cudnn, monkeypatch):
+    """All rows together, the causal call, and where it reads nothing 8 under a mask at a time.
+
+    Those are as many as there are queries, or fewer where the cache has fewer.
+    """
     for number, size in (("_MULTIPLE", 8), ("_MASKED_ROWS", 8), ("_SAMPLE", 8)):
         monkeypatch.setattr(cudnn, number, size)
     done = []
@@ -195,7 +230,12 @@ def test_calls_of_cudnn(steps, calls, in_place_of_cudnn, monkeypatch):
     monkeypatch.setattr(compat, "cudnn_attention", count)
     q, cache, keywords = Call(B=1, S=steps, rows=30, dtype=BF16).draw()
     del keywords["positions"]
-    operands, options = canonical(q, cache, keywords | {"lengths": np.array([30], np.int32)})
+    if given == "lengths":
+        keywords["lengths"] = np.array([30], np.int32)
+    else:
+        positions = np.arange(30 - steps, 30, dtype=np.int32)
+        keywords["positions"] = (positions[::-1] if given == "no order" else positions)[None]
+    operands, options = canonical(q, cache, keywords)
     jax.block_until_ready(attend(operands, options))
     jax.effects_barrier()
     assert len(done) == calls
@@ -212,9 +252,10 @@ INEXACT = {
 }
 
 
+@pytest.mark.parametrize("given", ["positions", "lengths"])
 @pytest.mark.parametrize("pieces", ["large pieces", "small pieces"])
 @pytest.mark.parametrize("name", INEXACT)
-def test_no_worse_than_one_call_over_bfloat16(name, pieces, in_place_of_cudnn, monkeypatch):
+def test_no_worse_than_one_call_over_bfloat16(name, pieces, given, in_place_of_cudnn, monkeypatch):
     """The largest and the mean error are at most those of cuDNN over a bfloat16 cache."""
     if pieces == "small pieces":
         monkeypatch.setattr(cudnn, "_BUDGET", 1)
@@ -224,7 +265,10 @@ def test_no_worse_than_one_call_over_bfloat16(name, pieces, in_place_of_cudnn, m
         if name == "codes of one sign":
             cache = dataclasses.replace(cache, v_cache=cache.v_cache // 8 + 90)
         keywords["positions"] = np.arange(call.rows - call.S, call.rows, dtype=np.int32)[None]
-        ours, lse = attend(*canonical(q, cache, keywords))
+        by_length = {"positions": None, "lengths": np.array([call.rows], np.int32)}
+        ours, lse = attend(
+            *canonical(q, cache, keywords | (by_length if given == "lengths" else {}))
+        )
         k, v = (a.astype(BF16) for a in cache.dequantize())
         mask = (np.arange(call.rows) <= keywords["positions"][..., None])[:, None]
         theirs, their_lse = in_xla(q, k, v, scale=call.D**-0.5, mask=mask)
