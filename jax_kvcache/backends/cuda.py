@@ -16,8 +16,8 @@ from jax_kvcache.backends import library
 from jax_kvcache.backends.backend import Backend, Target, register_with_jax
 from jax_kvcache.ops.operands import group_rank_of
 
-SHOWN_ON = "NVIDIA H100 80GB HBM3, before attention's present loop (ffi/CUDA.md)"
-"""The cards on which `pytest -m cuda_device` passed, and with what."""
+SHOWN_ON = "NVIDIA H100 80GB HBM3, NVIDIA H200"
+"""The cards on which `pytest -m cuda_device` passed."""
 
 NO_GPU = "this process has no NVIDIA GPU"
 
