@@ -101,6 +101,12 @@ inline constexpr int kMergedColumns = 4;
 // Splits whose partial results a thread of the merging kernel reads at a time.
 inline constexpr int kMergedSplits = 8;
 
+// How many threads the merging kernel has.
+inline int64_t MergingThreads(const Shape& shape) {
+  const int64_t rows = shape.groups.count * shape.sequences * shape.queries * shape.num_q_heads;
+  return rows * (shape.head_dim / kMergedColumns);
+}
+
 // What thread `index` of the merging kernel does.
 JAX_KVCACHE_DEVICE void MergeSplits(const Arguments& a, uint32_t index) {
   const auto head_dim = static_cast<uint32_t>(a.shape.head_dim);

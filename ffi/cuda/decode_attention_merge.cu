@@ -20,9 +20,7 @@ __global__ void __launch_bounds__(kBlockThreads)
 }  // namespace
 
 const char* LaunchMerge(const Arguments& arguments, jax_kvcache::cuda::Stream stream) {
-  const Shape& shape = arguments.shape;
-  const int64_t rows = shape.groups.count * shape.sequences * shape.queries * shape.num_q_heads;
-  const int64_t threads = rows * (shape.head_dim / kMergedColumns);
+  const int64_t threads = MergingThreads(arguments.shape);
   const int64_t blocks = jax_kvcache::cuda::CeilDivide<int64_t>(threads, kBlockThreads);
   return jax_kvcache::cuda::LaunchKernel(Kernel, blocks, kBlockThreads, stream, arguments);
 }

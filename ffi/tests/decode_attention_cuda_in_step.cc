@@ -28,11 +28,9 @@ void RunBlocksOf(const cuda::Arguments& arguments, std::integer_sequence<int, kD
 }  // namespace
 
 void RunKernels(const cuda::Arguments& arguments, const std::vector<ptx::Array>& /*arrays*/) {
-  const Shape& shape = arguments.shape;
   RunBlocksOf(arguments, HeadDims());
   if (arguments.splits == 1) return;
-  const int64_t threads = shape.groups.count * shape.sequences * shape.queries * shape.num_q_heads *
-                          (shape.head_dim / cuda::kMergedColumns);
+  const int64_t threads = cuda::MergingThreads(arguments.shape);
   for (uint32_t i = 0; i < threads + 5; ++i) cuda::MergeSplits(arguments, i);
 }
 
