@@ -106,3 +106,33 @@ def test_without_the_donation_shim(monkeypatch):
     traced = jax.jit(lambda x: x + 1, donate_argnums=0).trace(jax.ShapeDtypeStruct((4,), "int8"))
     with pytest.warns(UserWarning, match="Donation is not implemented"):
         traced.lower(lowering_platforms=("ascend",))
+
+
+CUDNN_CALLS = {
+    "PADDING": {"kv_lengths": jnp.ones(3, jnp.int32)},
+    "PADDING_CAUSAL": {"kv_lengths": jnp.ones(3, jnp.int32), "causal": True},
+    "NO_MASK": {"mask": jnp.ones((3, 1, 37, 128), bool)},
+}
+
+
+@pytest.mark.parametrize("mask_type", CUDNN_CALLS)
+def test_cudnn_attention(mask_type, monkeypatch):
+    """Lowered for a GPU, where there may be none."""
+
+    class Versions:
+        cudnn_get_version = staticmethod(lambda: 91300)
+        cuda_runtime_get_version = staticmethod(lambda: 12080)
+
+    monkeypatch.setattr(compat.fused_attention, "cuda_versions", Versions)
+    assert compat.has_cudnn()
+    q, k = (jnp.zeros((3, *sizes, 80), jnp.float16) for sizes in ((37, 6), (128, 3)))
+    call = jax.jit(
+        lambda q, k: compat.cudnn_attention(q, k, k, scale=1.0, **CUDNN_CALLS[mask_type])
+    )
+    out, lse = jax.eval_shape(call, q, k)
+    assert (out.shape, out.dtype) == (q.shape, q.dtype)
+    assert (lse.shape, lse.dtype) == ((3, 37, 6), jnp.float32)
+    text = call.trace(q, k).lower(lowering_platforms=("cuda",)).as_text()
+    [line] = [line for line in text.splitlines() if "__cudnn$fmha" in line]
+    assert re.search(rf"mask_type\W+{mask_type}\b", line.replace("\\22", '"'))
+    assert ("Bias" in line) == (mask_type == "NO_MASK")

@@ -13,7 +13,7 @@ bfloat16. cuDNN masks a row by -2**15: a masked row counts if its score is about
 scores of the rows that the query sees.
 """
 
-from collections.abc import Callable
+import functools
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ from jax import lax
 
 from jax_kvcache import _compat
 from jax_kvcache.backends import cuda
-from jax_kvcache.ops.decode_attention.cudnn_queries import Partial, first_query_first
+from jax_kvcache.ops.decode_attention.cudnn_partial import Partial, first_query_first
 from jax_kvcache.ops.decode_attention.merge import normalise
 from jax_kvcache.ops.slots import INT32_MAX
 
@@ -54,9 +54,7 @@ def refusal(operands: Any, options: Any) -> str | None:
     return None if _compat.has_cudnn() else "JAX was built without cuDNN"
 
 
-def attend(
-    ops: Any, options: Any, attention: Callable[..., tuple[jax.Array, jax.Array]]
-) -> tuple[jax.Array, jax.Array]:
+def attend(ops: Any, options: Any) -> tuple[jax.Array, jax.Array]:
     """The operator on the reference's flat operands.
 
     The first rows of a sequence, which all of its queries see, need no mask. Of the others, the
@@ -64,100 +62,124 @@ def attend(
     padding: a causal call reads these. Those of other sequences are read under a mask, and so are
     rows past a missing block and rows under a window.
 
-    Beside q and the results, memory holds some rows of K and V in float16: 256 MB or 128 rows of
-    each sequence, whichever is more, and S rows of each in the causal call. Under a mask it holds
-    at most 2,048 rows of each sequence, and the mask as [B, S, 2048] float16.
+    Beside q and the results, memory holds some rows of K and V in float16. Of each sequence these
+    are as many as 256 MB have room for, or 128; S in the causal call, and 2,048 under a mask, which
+    itself is [B, S, 2048] float16. Each number is rounded up to a multiple of 128, and is no larger
+    than the cache needs.
 
     Args:
       ops: the reference's flat operands.
       options: the primitive's options.
-      attention: `_compat.cudnn_attention`, or what computes the same.
 
     Returns:
       out [B, S, Nq, D] float32 and lse [B, S, Nq] float32, without the sinks.
     """
-    given = ops
-    ops, early = first_query_first(given)
-    rows = _Rows(ops)
-    queries = ops.q.shape[1]
-    q = _scaled_queries(ops, options.scale)
-    positions = ops.positions
-    sees = positions >= 0
-    there = rows.there()
-    # Of the queries that see something, [B]:
-    # The largest int32, to which nothing can be added, names no row.
-    first = jnp.where(sees, jnp.minimum(positions, INT32_MAX - 1), INT32_MAX - 1).min(axis=1)
-    last = jnp.minimum(positions, rows.capacity - 1).max(axis=1)
-    centre = rows.mean_of_v(last)
-    step = jnp.arange(queries, dtype=jnp.int32)
-    consecutive = (positions == first[:, None] + step) | ~sees
-    causal = consecutive.all(axis=1) & (not options.window)
     if options.window:
-        shared = jnp.zeros_like(first)
-        begin = jnp.clip(first - (options.window - 1), 0, rows.capacity)
-    else:
-        shared = jnp.where(last >= 0, jnp.minimum(first, there), 0)
-        begin = jnp.where(causal, there, shared)
+        parts = _Parts(ops, options)
+        return _values(ops, options, parts.centre, _under_masks(parts))
+    moved, early = first_query_first(ops)
+    parts = _Parts(moved, options)
+    return _values(ops, options, parts.centre, _with_causal_call(parts, options).moved(early))
 
-    def call(numbers: jax.Array, seen: jax.Array, **keywords: Any) -> Partial:
-        """Attention over rows [B, c]; `seen` [B, S or 1]: whether a query sees any of them."""
-        k, v = rows.read(numbers)
+
+def _under_masks(parts: "_Parts") -> Partial:
+    """With a window, whose rows differ from query to query."""
+    begin = jnp.clip(parts.first - (parts.window - 1), 0, parts.rows.capacity)
+    # What the window and consecutive queries span.
+    size = parts.most_masked(parts.positions.shape[1] + parts.window - 1)
+    part = functools.partial(parts.masked, size=size, begin=begin)
+    needed = (parts.end - begin).max(initial=0)
+    return parts.remaining(part, size, needed, part(jnp.int32(0)), done=1)
+
+
+def _with_causal_call(parts: "_Parts", options: Any) -> Partial:
+    """Without a window; query 0 of each sequence sees something."""
+    there = parts.rows.there()
+    shared = jnp.minimum(parts.first, jnp.minimum(parts.end, there))
+    step = jnp.arange(parts.positions.shape[1], dtype=jnp.int32)
+    consecutive = (parts.positions == parts.first[:, None] + step) | (parts.positions < 0)
+    end_of_causal = jnp.where(consecutive.all(axis=1), there, shared)
+
+    # The host waits for the condition of a loop whose length is not known before. So the first call
+    # reads as many rows as it may even where few are shared, and the loop over masked rows, which
+    # mostly has no steps, is last: all kernels before it are launched then.
+    size = parts.rows.most_together()
+    part = functools.partial(parts.unmasked, size=size, end=shared)
+    total = parts.remaining(part, size, shared.max(initial=0), part(jnp.int32(0)), done=1)
+    total = total.merged(parts.causal(shared, end_of_causal))
+    if options.consecutive and options.contiguous:  # a sequence has all of its rows, or none
+        return total
+    size = parts.most_masked(parts.rows.capacity)
+    part = functools.partial(parts.masked, size=size, begin=end_of_causal)
+    return parts.remaining(part, size, (parts.end - end_of_causal).max(initial=0), total, done=0)
+
+
+class _Parts:
+    """The queries of a prefill, and calls of cuDNN over some of the rows that they see.
+
+    Attributes:
+      first: [B], the position of the first query that sees something; INT32_MAX if none does.
+      end: [B], the number of the first row that no query sees.
+      centre: [B, Nkv, D], about the mean of V's codes.
+    """
+
+    def __init__(self, ops: Any, options: Any):
+        self.rows = _Rows(ops)
+        self.window = options.window
+        self.positions = ops.positions
+        self.first = jnp.where(self.positions < 0, INT32_MAX, self.positions).min(axis=1)
+        self.end = jnp.clip(self.positions, -1, self.rows.capacity - 1).max(axis=1) + 1
+        self.centre = self.rows.mean_of_v(self.end)
+        self._q = _scaled_queries(ops, options.scale)
+
+    def unmasked(self, piece: jax.Array, size: int, end: jax.Array) -> Partial:
+        """Over rows [piece * size, (piece + 1) * size) before `end` [B], which all queries see."""
+        first = piece * size
+        numbers = jnp.broadcast_to(first + jnp.arange(size, dtype=jnp.int32), (len(end), size))
+        return self._before(numbers, jnp.clip(end - first, 0, size))
+
+    def causal(self, begin: jax.Array, end: jax.Array) -> Partial:
+        """Over rows from `begin` up to `end` [B]; query s sees row begin + s and those between."""
+        size = _multiple(min(self.positions.shape[1], self.rows.capacity))
+        numbers = begin[:, None] + jnp.arange(size, dtype=jnp.int32)
+        return self._before(numbers, jnp.clip(end - begin, 0, size), causal=True)
+
+    def masked(self, piece: jax.Array, size: int, begin: jax.Array) -> Partial:
+        """Over rows begin + piece * size and on; each query sees what its position says."""
+        numbers = (begin + piece * size)[:, None] + jnp.arange(size, dtype=jnp.int32)
+        rows, last = numbers[:, None, :], self.positions[:, :, None]
+        seen = self.rows.exist(numbers)[:, None, :] & (rows <= last)
+        if self.window:
+            seen = seen & (last - rows < self.window)
+        return self._call(numbers, seen.any(axis=2), mask=seen[:, None])
+
+    def most_masked(self, rows: int) -> int:
+        """How many rows are read together under a mask, of so many."""
+        return min(_multiple(min(rows, self.rows.capacity)), _MASKED_ROWS)
+
+    def remaining(
+        self, part: Any, size: int, rows_needed: jax.Array, total: Partial, done: int
+    ) -> Partial:
+        """Merges the pieces of `size` rows that are needed, from number `done` on."""
+        if self.rows.capacity <= size * done:
+            return total
+        pieces = -(-rows_needed // size)
+        return lax.fori_loop(done, pieces, lambda i, old: old.merged(part(i)), total)
+
+    def _before(self, numbers: jax.Array, lengths: jax.Array, causal: bool = False) -> Partial:
+        """Over the first `lengths` [B] of rows [B, c]."""
+        seen = (lengths > 0)[:, None] & (self.positions >= 0)
+        return self._call(numbers, seen, kv_lengths=lengths, causal=causal)
+
+    def _call(self, numbers: jax.Array, seen: jax.Array, **keywords: Any) -> Partial:
+        """Over rows [B, c]; `seen` [B, S]: whether a query sees any of them."""
+        k, v = self.rows.read(numbers)
         # The results are then near zero, where rounding changes them less.
-        v = v - centre[:, None].astype(_DTYPE)
-        out, lse = attention(q, k, v, scale=1.0, **keywords)
+        v = v - self.centre[:, None].astype(_DTYPE)
+        out, lse = _compat.cudnn_attention(self._q, k, v, scale=1.0, **keywords)
         seen = seen[:, :, None]
         out = jnp.where(seen[..., None], out.astype(jnp.float32), 0.0)
         return Partial(out, jnp.where(seen, lse, -jnp.inf))
-
-    def unmasked(step: jax.Array, size: int) -> Partial:
-        numbers = jnp.broadcast_to(
-            step * size + jnp.arange(size, dtype=jnp.int32), (len(first), size)
-        )
-        lengths = jnp.clip(shared - step * size, 0, size)
-        return call(numbers, (lengths > 0)[:, None] & sees, kv_lengths=lengths)
-
-    def diagonal() -> Partial:
-        """Query s sees row `shared` + s of a causal sequence, and those between."""
-        size = _multiple(min(queries, rows.capacity))
-        numbers = shared[:, None] + jnp.arange(size, dtype=jnp.int32)
-        lengths = jnp.where(causal, jnp.clip(there - shared, 0, size), 0)
-        return call(numbers, (lengths > 0)[:, None] & sees, kv_lengths=lengths, causal=True)
-
-    def masked(step: jax.Array, size: int) -> Partial:
-        numbers = (begin + step * size)[:, None] + jnp.arange(size, dtype=jnp.int32)
-        seen = rows.exist(numbers)[:, None, :] & (numbers[:, None, :] <= positions[:, :, None])
-        if options.window:
-            seen = seen & (positions[:, :, None] - numbers[:, None, :] < options.window)
-        return call(numbers, seen.any(axis=2), mask=seen[:, None])
-
-    def remaining(
-        part: Callable[[jax.Array, int], Partial],
-        size: int,
-        rows_needed: jax.Array,
-        total: Partial,
-        done: int,
-    ) -> Partial:
-        """Merges the pieces of `size` rows that are needed, from number `done` on."""
-        if rows.capacity <= size * done:
-            return total
-        steps = -(-rows_needed // size)
-        return lax.fori_loop(done, steps, lambda i, old: old.merged(part(i, size)), total)
-
-    # The host waits for the condition of a loop whose length is not known before. The one over the
-    # masked rows, which mostly has no steps, is last, so that all kernels before it are launched.
-    size = min(_multiple(queries), _MASKED_ROWS)
-    needed = jnp.where(last >= 0, last + 1 - begin, 0).max(initial=0)
-    if options.window:
-        total = remaining(masked, size, needed, masked(jnp.int32(0), size), done=1)
-    else:
-        together = rows.most_together()
-        total = unmasked(jnp.int32(0), together)
-        total = remaining(unmasked, together, shared.max(initial=0), total, done=1)
-        total = total.merged(diagonal())
-        # Of a contiguous cache, a sequence has all of its rows, or none.
-        if not options.consecutive or not options.contiguous:
-            total = remaining(masked, size, needed, total, done=0)
-    return _values(given, _scaled_queries(given, options.scale), centre, total.moved(early))
 
 
 def _multiple(size: int) -> int:
@@ -177,15 +199,17 @@ def _scaled_queries(ops: Any, scale: float) -> jax.Array:
 
 
 def _values(
-    ops: Any, q: jax.Array, centre: jax.Array, total: Partial
+    ops: Any, options: Any, centre: jax.Array, total: Partial
 ) -> tuple[jax.Array, jax.Array]:
     """out and lse of attention over K's codes and V's codes less `centre`."""
     out, lse = total
+    seen = lse != -jnp.inf
     middle = centre if ops.offset_v is None else centre - ops.offset_v
     out = (out + _of_queries(middle, ops)) * _of_queries(ops.scale_v, ops)
-    out = jnp.where(lse[..., None] == -jnp.inf, 0.0, out)
+    out = jnp.where(seen[..., None], out, 0.0)
     if ops.offset_k is not None:  # which changes all scores of a query alike, and so no weight
-        lse = lse - (q.astype(jnp.float32) * _of_queries(ops.offset_k, ops)).sum(axis=-1)
+        q = _scaled_queries(ops, options.scale).astype(jnp.float32)
+        lse = jnp.where(seen, lse - (q * _of_queries(ops.offset_k, ops)).sum(axis=-1), lse)
     if ops.sinks is not None:
         out = normalise(out, jnp.ones_like(lse), lse, ops.sinks[:, None, :])
     return out, lse
@@ -214,13 +238,15 @@ class _Rows:
         return blocks.astype(jnp.int32) * self._block_rows
 
     def exist(self, numbers: jax.Array) -> jax.Array:
-        """Whether rows [B, c] are there."""
+        """Whether rows [B, c] are there; a negative one, past the last int32, is not."""
         block = numbers // self._block_rows
-        return jnp.take_along_axis(self._ops.exists, block, axis=1, mode="fill", fill_value=False)
+        exists = self._ops.exists
+        found = jnp.take_along_axis(exists, block, axis=1, mode="fill", fill_value=False)
+        return found & (numbers >= 0)
 
-    def mean_of_v(self, last: jax.Array) -> jax.Array:
-        """The mean of V's codes, from some of the rows up to `last` [B]: whole, [B, Nkv, D]."""
-        count = jnp.maximum(last + 1, 1)[:, None]
+    def mean_of_v(self, end: jax.Array) -> jax.Array:
+        """The mean of V's codes, from some of the rows before `end` [B]: whole, [B, Nkv, D]."""
+        count = jnp.maximum(end, 1)[:, None]
         some = jnp.arange(_SAMPLE, dtype=jnp.int32) * jnp.maximum(count // _SAMPLE, 1) % count
         return jnp.round(self.read(some)[1].astype(jnp.float32).mean(axis=1))
 

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jax_kvcache import _compat
 from jax_kvcache.ops.decode_attention import cudnn
 from jax_kvcache.ops.decode_attention.chunks import Chunks
 from jax_kvcache.ops.decode_attention.softmax import Softmax, product
@@ -66,7 +65,8 @@ class AttentionOptions(Options):
       soft_cap: the scores become soft_cap * tanh(score / soft_cap); 0: they stay.
       return_lse: whether the log-sum-exp is a result.
       contiguous: whether sequence b reads block b of the last block dimension, of one layer.
-      consecutive: whether the positions of a sequence follow each other; known from `lengths`.
+      consecutive: whether the positions of a sequence follow each other; known from `lengths`. For
+        paged blocks over devices they do before each device hides those of the others.
       partial: whether the caller may merge this with the rest; only checkify's rule asks.
       axes: inside `jax.shard_map`, the axes that the rows are spread over; likewise.
     """
@@ -97,7 +97,7 @@ def decode_attention_reference(
     ops = _without_groups(operands, options.contiguous)
     steps = ops.q.shape[1]
     if platform == "cuda" and cudnn.refusal(operands, options) is None:
-        out, lse = cudnn.attend(ops, options, _compat.cudnn_attention)
+        out, lse = cudnn.attend(ops, options)
     elif isinstance(steps, int) and steps > _TILE:
         out, lse = _over_tiles(ops, options, platform)
     else:

@@ -144,6 +144,30 @@ def test_the_last_position_of_int32(window, in_float32):
     attention.assert_close(out, expected, value, score)
 
 
+def test_rows_past_int32(in_float32):
+    """A block table may name nearly 2**31 rows; no row after the last one is another one again."""
+    call = Call(kind="paged", B=2, S=17, rows=1024, block=1024, Nq=1, Nkv=1, D=8)
+    q, cache, keywords = call.draw()
+    table = np.tile(keywords["block_table"][:, :1], (1, 2**21))
+    step = np.arange(17, dtype=np.int32)
+    keywords["positions"] = np.stack([5 + step, np.where(step % 2, 2900, 0)]).astype(np.int32)
+    operands, options = canonical(q, cache, keywords | {"block_table": table})
+    out, lse = attend(operands, options)
+    few = keywords | {"block_table": table[:, :4]}  # all that is seen
+    expected, expected_lse, score, value = attention.in_float64(q, cache, **few)
+    attention.assert_close(out, expected, value, score)
+    np.testing.assert_allclose(lse, expected_lse, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_no_sequences(window, in_float32):
+    q, cache, keywords = Call(kind="paged", B=2, S=20, rows=40, window=window).draw()
+    keywords |= {name: keywords[name][:0] for name in ("positions", "block_table")}
+    out, lse = attend(*canonical(q[:0], cache, keywords))
+    assert out.shape == (0, *q.shape[1:])
+    assert lse.shape == (0, *q.shape[1:3])
+
+
 LENGTHS = {
     "prompt of several tiles": Call(B=3, S=70, rows=200),
     "longer than the cache": Call(B=3, S=70, rows=30),
@@ -185,7 +209,7 @@ def test_padded_prompts(kind, pieces, in_float32, monkeypatch):
         np.where(step < 33, -1, step - 33),
         np.where((step < 5) | (step > 30), -5, step + 20),
         np.where(step % 3 == 0, -1, step + 50),
-        np.full(40, -1, np.int32),
+        np.full(40, -(2**31), np.int32),
         np.where(step < 20, step + 85, step - 20),
     ])  # fmt: skip
     expected, expected_lse, score, value = attention.in_float64(q, cache, **keywords)
@@ -198,9 +222,19 @@ def test_padded_prompts(kind, pieces, in_float32, monkeypatch):
     ("given", "window", "loops"),
     [("lengths", None, 0), ("positions", None, 1), ("lengths", 700, 1), ("positions", 700, 1)],
 )
-def test_loops_of_unknown_length(given, window, loops, in_place_of_cudnn):
-    """The host would wait for their conditions. A prompt given by its length has none."""
-    q, cache, keywords = Call(B=2, S=64, rows=3000, dtype=BF16, window=window).draw()
+@pytest.mark.parametrize("kind", ["contiguous", "paged"])
+@pytest.mark.parametrize("budget", [256 << 20, 1 << 18])
+def test_loops_of_unknown_length(
+    given, window, loops, kind, budget, in_place_of_cudnn, monkeypatch
+):
+    """The host would wait for their conditions. A prompt given by its length has none.
+
+    But for rows that may be missing, and more rows than are read together.
+    """
+    monkeypatch.setattr(cudnn, "_BUDGET", budget)
+    if not window:
+        loops = max(loops, kind == "paged") + (budget < 256 << 20)
+    q, cache, keywords = Call(kind=kind, B=2, S=64, rows=3000, dtype=BF16, window=window).draw()
     del keywords["positions"]
     keywords[given] = np.full((2,) if given == "lengths" else (2, 64), 2000, np.int32)
     operands, options = canonical(q, cache, keywords)
@@ -210,17 +244,8 @@ def test_loops_of_unknown_length(given, window, loops, in_place_of_cudnn):
     assert str(jax.make_jaxpr(run)(operands)).count(" while[") == loops
 
 
-@pytest.mark.parametrize(
-    ("given", "steps", "calls"),
-    [("lengths", 24, 2), ("positions", 24, 2), ("no order", 8, 3), ("no order", 100, 6)],
-)
-def test_calls_of_cudnn(given, steps, calls, in_place_of_cudnn, monkeypatch):
-    """All rows together, the causal call, and where it reads nothing 8 under a mask at a time.
-
-    Those are as many as there are queries, or fewer where the cache has fewer.
-    """
-    for number, size in (("_MULTIPLE", 8), ("_MASKED_ROWS", 8), ("_SAMPLE", 8)):
-        monkeypatch.setattr(cudnn, number, size)
+def count_calls(monkeypatch, q, cache, keywords):
+    """How often one call of the operator calls cuDNN."""
     done = []
 
     def count(q, k, v, **keywords):
@@ -228,6 +253,19 @@ def test_calls_of_cudnn(given, steps, calls, in_place_of_cudnn, monkeypatch):
         return in_xla(q, k, v, **keywords)
 
     monkeypatch.setattr(compat, "cudnn_attention", count)
+    jax.block_until_ready(attend(*canonical(q, cache, keywords)))
+    jax.effects_barrier()
+    return len(done)
+
+
+@pytest.mark.parametrize(
+    ("given", "steps", "calls"),
+    [("lengths", 24, 2), ("positions", 24, 2), ("no order", 8, 3), ("no order", 100, 6)],
+)
+def test_calls_of_cudnn(given, steps, calls, in_place_of_cudnn, monkeypatch):
+    """All rows together, the causal call, and where it reads nothing 8 under a mask at a time."""
+    for number, size in (("_MULTIPLE", 8), ("_MASKED_ROWS", 8), ("_SAMPLE", 8)):
+        monkeypatch.setattr(cudnn, number, size)
     q, cache, keywords = Call(B=1, S=steps, rows=30, dtype=BF16).draw()
     del keywords["positions"]
     if given == "lengths":
@@ -235,10 +273,16 @@ def test_calls_of_cudnn(given, steps, calls, in_place_of_cudnn, monkeypatch):
     else:
         positions = np.arange(30 - steps, 30, dtype=np.int32)
         keywords["positions"] = (positions[::-1] if given == "no order" else positions)[None]
-    operands, options = canonical(q, cache, keywords)
-    jax.block_until_ready(attend(operands, options))
-    jax.effects_barrier()
-    assert len(done) == calls
+    assert count_calls(monkeypatch, q, cache, keywords) == calls
+
+
+@pytest.mark.parametrize(("window", "calls"), [(5, 1), (200, 1), (900, 2), (4096, 2)])
+def test_calls_under_a_window(window, calls, in_place_of_cudnn, monkeypatch):
+    """Each reads what the window and the queries span, 512 rows at most."""
+    monkeypatch.setattr(cudnn, "_MASKED_ROWS", 512)
+    q, cache, keywords = Call(B=1, S=20, rows=1000, window=window, dtype=BF16).draw()
+    keywords["positions"] = np.arange(980, 1000, dtype=np.int32)[None]
+    assert count_calls(monkeypatch, q, cache, keywords) == calls
 
 
 PROMPT = Call(B=1, S=96, D=64, rows=1100, q_size=0.2, spread=8.0, dtype=BF16)
@@ -292,6 +336,19 @@ def test_what_is_not_finite_stays_in_its_query(in_place_of_cudnn):
         np.testing.assert_array_equal(out.at[0, 7, 1].set(0), expected.at[0, 7, 1].set(0))
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_query_that_sees_nothing_may_hold_anything(bad, in_place_of_cudnn):
+    q, cache, keywords = PROMPT._replace(offset=9.0, sinks=True).draw()
+    step = np.arange(96, dtype=np.int32)[None]
+    keywords["positions"] = np.where(step < 5, -1, step)
+    expected, expected_lse = attend(*canonical(q, cache, keywords))
+    out, lse = attend(*canonical(q.at[0, 2].set(bad), cache, keywords))
+    np.testing.assert_array_equal(out, expected)
+    np.testing.assert_array_equal(lse, expected_lse)
+    assert not np.asarray(out, np.float32)[0, :5].any()
+    assert (np.asarray(lse)[0, :5] == -np.inf).all()
+
+
 REFUSED = {
     "cuDNN is for S >= 17 queries per sequence, got S = 16": Call(S=16, D=64, dtype=BF16),
     "cuDNN is for q in bfloat16, got float32": Call(S=17, D=64),
@@ -307,3 +364,13 @@ def test_refusals(reason):
     q, cache, keywords = REFUSED[reason].draw()
     operands, options = canonical(q, cache, keywords)
     assert cudnn.refusal(operands, options) == reason
+
+
+def test_refusals_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(cudnn.cuda, "is_here", lambda: True)
+    operands, options = canonical(*Call(S=17, D=64, dtype=BF16).draw())
+    reason = None if compat.has_cudnn() else "JAX was built without cuDNN"
+    assert cudnn.refusal(operands, options) == reason
+    [rows] = jax.export.symbolic_shape("rows")
+    unknown = jax.ShapeDtypeStruct((2, rows, 2, 64), jnp.int8)
+    assert cudnn.refusal(operands._replace(k_cache=unknown), options) == "the shapes are not known"

@@ -1,4 +1,4 @@
-"""Results over some of the rows, and the order of the queries, in a prefill by cuDNN."""
+"""Partial results of a prefill by cuDNN, and the order of the queries that they are for."""
 
 from typing import Any, NamedTuple
 
