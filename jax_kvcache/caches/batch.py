@@ -22,7 +22,8 @@ class BlockCopy(NamedTuple):
 class RaggedBatch(NamedTuple):
     """Where the new tokens of a step are, whose sequences may have different numbers of them.
 
-    A pytree, an argument of a jitted step. A place without a sequence is all -1.
+    A pytree, an argument of a jitted step. A place without a sequence is all -1. If the step does
+    not run, `BlockAllocator.undo` takes it back; else the sequences count on its copies.
 
     Attributes:
       positions: [B, S] int32, the position of each new token in its sequence; -1 for padding.

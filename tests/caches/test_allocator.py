@@ -76,6 +76,23 @@ class Sequences(RuleBasedStateMachine):
 
     @precondition(lambda self: self.texts)
     @rule(data=st.data())
+    def step_that_does_not_run(self, data):
+        """Nothing is copied or written; the next step must ask for the same copies again."""
+        batch = data.draw(st.permutations(sorted(self.texts)), label="batch")
+        tokens = {sequence: data.draw(st.integers(0, 2 * BLOCK)) for sequence in batch}
+        before, free = self.state(), self.allocator.num_free
+        needed = self.allocator.blocks_needed(tokens)
+        try:
+            self.allocator.append_batch(tokens, batch=len(batch), columns=2 * BLOCKS)
+        except OutOfBlocksError:
+            assert needed > free
+        else:
+            assert needed == free - self.allocator.num_free
+            self.allocator.undo()
+        assert (self.state(), self.allocator.num_free) == (before, free)
+
+    @precondition(lambda self: self.texts)
+    @rule(data=st.data())
     def fork(self, data):
         sequence, free = self.any_sequence(data), self.allocator.num_free
         length = data.draw(st.none() | st.integers(0, len(self.texts[sequence])), label="length")
@@ -207,7 +224,7 @@ def test_an_empty_batch_is_padding():
 @pytest.mark.parametrize(
     ("tokens", "sizes", "error", "message"),
     [
-        ({0: 2, 1: 3}, {}, OutOfBlocksError, "1 blocks are needed and 0 of 4 are free"),
+        ({0: 2, 1: 3}, {}, OutOfBlocksError, "3 blocks are needed and 2 of 4 are free"),
         ({0: 1, 7: 1}, {}, ValueError, "`sequence` must be one that is allocated, got 7"),
         ({0: 1, 1: -1}, {}, ValueError, "`tokens` must be at least 0, got -1"),
         ({0: 1, 1: 1.0}, {}, TypeError, "`tokens` must be an int, got 1.0"),
@@ -235,6 +252,37 @@ def test_a_batch_that_is_refused_changes_nothing(tokens, sizes, error, message):
     # The references are as they were: one copy, and each row is given once.
     assert allocator.append(0).source == before[0][1][1]
     assert allocator.append(1) == (-1, -1)
+
+
+@pytest.mark.parametrize("change", ["undo", "append", "allocate", "fork", "truncate", "free"])
+def test_undo_follows_the_batch(change):
+    allocator = BlockAllocator(8, 4)
+    one = allocator.allocate(3)
+    with pytest.raises(ValueError, match="`undo` must follow an `append_batch`"):
+        allocator.undo()
+    allocator.append_batch({one: 3}, batch=1, columns=2)
+    getattr(allocator, change)(*{
+        "undo": (), "allocate": (1,), "truncate": (one, 4),
+    }.get(change, (one,)))  # fmt: skip
+    with pytest.raises(ValueError, match="with no other change between"):
+        allocator.undo()
+
+
+def test_an_interrupted_batch_changes_nothing(monkeypatch):
+    allocator = BlockAllocator(8, 4)
+    one, two = allocator.allocate(3), allocator.allocate(3)
+    append, blocks = allocator.append, allocator.blocks(one)
+
+    def interrupted(sequence, tokens):
+        if sequence == two:
+            raise KeyboardInterrupt
+        return append(sequence, tokens)
+
+    monkeypatch.setattr(allocator, "append", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        allocator.append_batch({one: 3, two: 3}, batch=2, columns=2)
+    assert (allocator.length(one), allocator.blocks(one)) == (3, blocks)
+    assert allocator.num_free == 6
 
 
 def refusals():
