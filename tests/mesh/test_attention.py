@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from support import hlo
-from support.attention import Call
+from support.attention import Call, assert_close, in_float64
 
 from jax_kvcache import decode_attention
 
@@ -179,6 +179,36 @@ def test_axes_of_one_device_are_none(mode):
         placed = (placed[0], dataclasses.replace(placed[1], **own))
         out = jax.jit(lambda q, cache: decode_attention(q, cache, **keywords))(*placed)
         np.testing.assert_allclose(out, expected, atol=2e-5)
+
+
+ONE_KV_HEAD = {
+    "sequences": ("contiguous", P("dp")),
+    "rows": ("contiguous", P(None, ("dp", "tp"))),
+    "nothing": ("contiguous", P()),
+    "blocks": ("paged", P(("dp", "tp"))),
+}
+
+
+@pytest.mark.parametrize("mode", ["automatic", "explicit"])
+@pytest.mark.parametrize("implementation", ["xla", None])
+@pytest.mark.parametrize("of_q", [P(), P(None, None, "tp"), P("dp", None, "tp")], ids=str)
+@pytest.mark.parametrize("name", ONE_KV_HEAD)
+def test_one_kv_head(name, of_q, implementation, mode):
+    """Every device has it, and the heads of q may be sharded all the same."""
+    kind, codes = ONE_KV_HEAD[name]
+    call = Call(kind=kind, B=B, S=S, Nq=Nq, Nkv=1, D=D, rows=24, sinks=True)
+    q, cache, keywords = call.draw()
+    of_cache = jax.tree.map(lambda a: codes if a.dtype == np.int8 else P(), cache)
+    placed = place((q, cache), (of_q, of_cache), make_mesh(mode))
+
+    def attend(q, cache):
+        options = {"return_lse": True, "implementation": implementation}
+        return decode_attention(q, cache, **keywords, **options)
+
+    out, lse = jax.jit(attend)(*placed)
+    expected, expected_lse, score, value = in_float64(q, cache, **keywords)
+    assert_close(out, expected, value, score)
+    np.testing.assert_allclose(lse, expected_lse, rtol=1e-5, atol=1e-5)
 
 
 @each_mode

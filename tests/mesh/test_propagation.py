@@ -74,3 +74,23 @@ def test_attention_says_where_q_is_wanted():
     hlo.assert_in_place(compiled, B // 2 * C2 * 2 * D)
     moved = hlo.collective_bytes(compiled.as_text())
     assert moved <= 8, "no more than the longest length of the batch"
+
+
+def test_attention_with_one_kv_head_wants_q_whole():
+    """Each device has q and makes all heads; what comes after takes its own without a message."""
+    mesh = jax.make_mesh((4,), ("tp",), (AxisType.Auto,))
+    call = calls.ones(B=B, Nq=Nq, Nkv=1, D=D, C1=B, C2=C2)
+    ones = jnp.ones((1, D))
+    cache = place(mesh, KVCache.create(B, C2, 1, D, scale_k=ones, scale_v=ones))
+    tokens = {n: place(mesh, call[n]) for n in ("x", "cos", "sin", "indices", "weight_scale")}
+    wo = place(mesh, jnp.ones((Nq * D, WIDTH), jnp.float32), "tp")
+
+    def step(cache, tokens, wo):
+        where = (tokens[name] for name in ("x", "cos", "sin", "indices"))
+        q, cache = cache.update(*where, weight_scale=tokens["weight_scale"])
+        attended = decode_attention(q, cache, jnp.full((B,), 1, jnp.int32))
+        return attended.astype(jnp.float32).reshape(B, 1, -1) @ wo, cache
+
+    compiled = jax.jit(step, donate_argnums=0).lower(cache, tokens, wo).compile()
+    hlo.assert_in_place(compiled, B * C2 * D)
+    assert [kind for _, kind in hlo.collectives(compiled.as_text())] == ["all-reduce"]

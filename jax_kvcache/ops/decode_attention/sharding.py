@@ -92,14 +92,17 @@ def rule(ops: Any, results: Any, options: Any) -> tuple[str, dict[str, int]]:
 
     Heads propagate from the caches to q and the results, and so do the sequences of contiguous
     caches; groups and steps propagate between q and the results. Nothing of it reaches a cache:
-    what comes after must not decide where a cache lies (`mesh.Sharding.settled`).
+    what comes after must not decide where a cache lies (`mesh.Sharding.settled`). One kv head is
+    on every device, and so are all heads of q: they propagate nothing.
     """
     group_rank = len(ops.table.shape) - 2
     rest = (f"u{i}" for i in itertools.count())
-    per_kv_head = ops.q.shape[-2] // ops.k_cache.shape[-2]
+    kv_heads = ops.k_cache.shape[-2]
+    per_kv_head = ops.q.shape[-2] // kv_heads
+    # Shardy refuses a product of factors one of which is 1.
     q_heads = "(h j)" if per_kv_head > 1 else "h"
     groups = [f"g{i}" for i in range(group_rank)]
-    shared = {"*g": groups, "B": ["b"], "S": ["s"], "Nq": [q_heads]}
+    shared = {"*g": groups, "B": ["b"], "S": ["s"]} | ({"Nq": [q_heads]} if kv_heads > 1 else {})
     aligned = options.contiguous and ops.k_cache.shape[-4] == ops.q.shape[-4]
     cache = [next(rest) for _ in ops.k_cache.shape[:-4]]
     cache += ["b" if aligned else next(rest), next(rest), "h", next(rest)]
@@ -118,7 +121,7 @@ def rule(ops: Any, results: Any, options: Any) -> tuple[str, dict[str, int]]:
         for rows, arrays in ((Operands, ops), (Results, results))
     )
     text = " -> ".join(", ".join(map(" ".join, side)) for side in sides)
-    return text, {"j": per_kv_head} if per_kv_head > 1 else {}
+    return text, {"j": per_kv_head} if kv_heads > 1 and per_kv_head > 1 else {}
 
 
 def _own_positions(ops: Operands, axes: Axes) -> Any:
