@@ -9,7 +9,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jax_kvcache.caches.checks import check_caches, layer_index
 from jax_kvcache.ops.checks import check_axis_name
-from jax_kvcache.ops.dequant_rope_quant_kvcache.api import Columns, run, without_effect
+from jax_kvcache.ops.dequant_rope_quant_kvcache.api import Columns, run
 from jax_kvcache.ops.dequant_rope_quant_kvcache.checks import Call
 from jax_kvcache.ops.implementation import Implementation
 from jax_kvcache.ops.indexing import take_one
@@ -202,12 +202,7 @@ class CacheBase:
             total_q_heads=self.num_q_heads,
             qkv_shards=qkv_shards,
         )
-        if ignored := without_effect(call, getattr(first, "dtype", jnp.int32)):
-            raise TypeError(
-                f"{ignored} no effect where `x` is {first.dtype}: they are for int32 accumulators. "
-                "Apply them to `x` first, or leave them out."
-            )
-        out = run(call)
+        out = run(call, refuse_without_effect=True)
         cache = dataclasses.replace(self, k_cache=out.k_cache, v_cache=out.v_cache)
         if out.k is None or out.v is None:
             return out.q, cache

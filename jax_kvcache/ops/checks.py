@@ -26,14 +26,19 @@ def check_array(name, value, dtypes, ranks):
         raise TypeError(f"`{name}` is required, got None.")
     if not (hasattr(value, "shape") and hasattr(value, "dtype")):
         raise TypeError(f"`{name}` must be an array, got {type(value).__name__}.")
-    if value.dtype not in dtypes:
-        expected = " or ".join(d.name for d in dtypes)
-        raise TypeError(f"`{name}` must have dtype {expected}, got {value.dtype}.")
+    check_dtype(name, value.dtype, dtypes)
     if len(value.shape) not in ranks:
         expected = " or ".join(f"{r}-D" for r in ranks)
         raise TypeError(
             f"`{name}` must be {expected}, got {len(value.shape)}-D {_shape(value.shape)}."
         )
+
+
+def check_dtype(name, dtype, dtypes):
+    """Raises TypeError unless `dtype` is one of the dtypes."""
+    if dtype not in dtypes:
+        expected = " or ".join(d.name for d in dtypes)
+        raise TypeError(f"`{name}` must have dtype {expected}, got {dtype}.")
 
 
 def check_shape(name, value, *allowed):

@@ -103,7 +103,7 @@ def canonical_operands(call: Call) -> tuple[Operands, Sizes]:
     return operands, sizes
 
 
-def without_effect(call: Call, x_dtype: Any) -> str:
+def _without_effect(call: Call, x_dtype: Any) -> str:
     """Names the arguments that a call with a float x has and that change nothing; "" for none."""
     names = ("weight_scale", "activation_scale", "bias")
     given = [f"`{name}`" for name in names if getattr(call, name) is not None]
@@ -112,15 +112,20 @@ def without_effect(call: Call, x_dtype: Any) -> str:
     return f"{' and '.join(given)} {'has' if len(given) == 1 else 'have'}"
 
 
-def run(call: Call) -> DequantRopeQuantKvcacheResult:
-    """Checks a call and runs it: the one way in, for whole caches and for one layer of many."""
+def run(call: Call, *, refuse_without_effect: bool = False) -> DequantRopeQuantKvcacheResult:
+    """Checks a call and runs it: the one way in, for whole caches and for one layer of many.
+
+    Arguments that a float x has no use for are an error if `refuse_without_effect`, else a warning.
+    """
     operands, sizes = canonical_operands(call)
-    if ignored := without_effect(call, operands.x.dtype):
-        warnings.warn(
+    if ignored := _without_effect(call, operands.x.dtype):
+        message = (
             f"{ignored} no effect where `x` is {operands.x.dtype}: dequantising, scaling and "
-            "adding are for int32 accumulators. Apply them to `x` first, or leave them out.",
-            stacklevel=3,
+            "adding are for int32 accumulators. Apply them to `x` first, or leave them out."
         )
+        if refuse_without_effect:
+            raise TypeError(message)
+        warnings.warn(message, stacklevel=3)
     options = WriteOptions(
         implementation=call.implementation,
         kv_output=bool(call.kv_output),

@@ -19,7 +19,7 @@ from jax_kvcache.ops.checks import (
     check_shape,
     is_int,
 )
-from jax_kvcache.ops.dequant_rope_quant_kvcache.columns import check_num_q_heads
+from jax_kvcache.ops.dequant_rope_quant_kvcache.columns import COLUMN_DTYPES, check_num_q_heads
 from jax_kvcache.ops.implementation import check_implementation
 
 
@@ -145,7 +145,7 @@ def check_call(call: Call) -> Sizes:
     check_choice("indices_mode", call.indices_mode, ("drop", "promise_in_bounds"))
     check_implementation(call.implementation)
 
-    check_array("x", x, INT32 + FLOATS, (2, 3))
+    check_array("x", x, COLUMN_DTYPES["x"], (2, 3))
     check_positive("x", x, ("B", "S", "H") if len(x.shape) == 3 else ("B", "H"))
     _check_caches(k_cache, call.v_cache, call.layer is not None)
     B, S, H = (x.shape[0], x.shape[1] if len(x.shape) == 3 else None, x.shape[-1])
@@ -180,14 +180,14 @@ def check_call(call: Call) -> Sizes:
     if call.weight_scale is None and x.dtype in INT32:
         raise TypeError("`weight_scale` is required when `x` is int32, got None.")
     if call.weight_scale is not None:
-        check_array("weight_scale", call.weight_scale, FLOAT32, (1, 2))
+        check_array("weight_scale", call.weight_scale, COLUMN_DTYPES["weight_scale"], (1, 2))
         check_shape("weight_scale", call.weight_scale, ("H", (H,)), ("1, H", (1, H)))
     if call.activation_scale is not None:
         check_array("activation_scale", call.activation_scale, FLOAT32, (1, 2))
         flat = ("B" if S is None else "B*S", (num_tokens,))
         check_shape("activation_scale", call.activation_scale, flat, (letters, sizes.tokens))
     if call.bias is not None:
-        check_array("bias", call.bias, FLOATS + INT32, (1,))
+        check_array("bias", call.bias, COLUMN_DTYPES["bias"], (1,))
         check_shape("bias", call.bias, ("H", (H,)))
 
     if cache_mode == "contiguous" and isinstance(C1, int) and isinstance(B, int) and C1 < B:

@@ -13,13 +13,16 @@ import jax
 import jax.numpy as jnp
 
 from jax_kvcache._compat import varying_axes
-from jax_kvcache.ops.checks import check_int
+from jax_kvcache.ops.checks import FLOAT32, FLOATS, INT32, check_dtype, check_int
 
 _FIX = (
     "Put the columns of the projection's weight, `weight_scale` and `bias` in order with "
     "`interleave_qkv_for_tensor_parallel(w, size_splits, {0})` and pass `qkv_shards={0}`, or pass "
     "`x`, `weight_scale` and `bias` as tuples (q, k, v)."
 )
+
+
+COLUMN_DTYPES = {"x": INT32 + FLOATS, "weight_scale": FLOAT32, "bias": FLOATS + INT32}
 
 
 def joined(call: Any) -> Any:
@@ -30,8 +33,8 @@ def joined(call: Any) -> Any:
         and bias are None, or alike.
 
     Raises:
-      TypeError: a tuple is not of three arrays of one dtype, only some arguments are tuples, or
-        they are and an order is named.
+      TypeError: a tuple is not of three arrays of one dtype that the operator takes, only some
+        arguments are tuples, or they are and an order is named.
       ValueError: the widths do not fit each other or the cache.
     """
     apart = isinstance(call.x, tuple)
@@ -70,6 +73,7 @@ def _join(name: str, parts: tuple, widths: tuple | None, kv_width: int) -> Any:
         raise TypeError(
             f"`{name}` must have one dtype for q, k and v, got {q.dtype}, {k.dtype} and {v.dtype}."
         )
+    check_dtype(name, q.dtype, COLUMN_DTYPES[name])  # without x64 JAX narrows 64 bits in silence
     got = tuple(part.shape[-1] if part.shape else 0 for part in parts)
     wanted = widths or (got[0], kv_width, kv_width)
     if got != wanted or not q.shape[:-1] == k.shape[:-1] == v.shape[:-1]:

@@ -220,6 +220,16 @@ CASES = {
         ValueError,
         r"`weight_scale` as \(q, k, v\) .* must be 256, 128 and 128, got \[192\] and \[128\]",
     ),
+    "x_apart_dtype": (
+        {"x": tuple(part.astype(np.int64) for part in APART), "weight_scale": WEIGHTS_APART},
+        TypeError,
+        "`x` must have dtype int32 or float16 or bfloat16 or float32, got int64",
+    ),
+    "weight_scale_apart_dtype": (
+        {"x": APART, "weight_scale": tuple(part.astype(np.float64) for part in WEIGHTS_APART)},
+        TypeError,
+        "`weight_scale` must have dtype float32, got float64",
+    ),
     "x_apart_with_an_order": (
         {"x": APART, "weight_scale": WEIGHTS_APART, "qkv_shards": 1},
         TypeError,
