@@ -11,6 +11,7 @@ from jax_kvcache import backends
 from jax_kvcache.caches import KVCache, PagedKVCache
 from jax_kvcache.model.float_cache import FloatCache, attention, rotate
 from jax_kvcache.model.linear import FloatLinear, Projected, matmul, per_column
+from jax_kvcache.model.places import places, positions_of_tokens
 from jax_kvcache.model.weights import Config, Layer, Model
 from jax_kvcache.ops.checks import check_int32
 from jax_kvcache.ops.decode_attention.api import decode_attention
@@ -23,9 +24,9 @@ KvMap = Callable[[int, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 def forward(
     model: Model,
-    tokens: jax.Array,
+    tokens: ArrayLike,
     cache: Cache,
-    positions: jax.Array,
+    positions: ArrayLike,
     *,
     block_table: ArrayLike | None = None,
     table_dtype: DTypeLike | None = None,
@@ -52,13 +53,15 @@ def forward(
       logits [B, S, vocab] float32 of the token after each, and the cache.
 
     Raises:
-      TypeError: a `PagedKVCache` without a block table, or another cache with one; see also
+      TypeError: a wrong dtype or rank, no cache, a `PagedKVCache` without a block table, or another
+        cache with one.
+      ValueError: a wrong shape, or a cache of other layers or heads than the model's; see also
         `update` of the cache.
     """
     config, table_dtype = model.config, table_dtype or default_table_dtype()
-    of_tokens, rows = _places(tokens, cache, positions, block_table)
-    cos, sin = _tables(config, of_tokens, rows, table_dtype)
-    x = _embed(model, tokens)
+    at = places(config, tokens, cache, positions, block_table)
+    cos, sin = _tables(config, at.of_tokens, at.rows, table_dtype)
+    x = _embed(model, at.tokens)
     for index, layer in enumerate(model.layers):
         projected = _project_qkv(config, layer, x, table_dtype)
         window = config.windows[index]
@@ -66,26 +69,26 @@ def forward(
             q, k, v = rotate(
                 projected, cos, sin, config.n_kv_heads, config.head_dim, implementation
             )
-            cache = cache.update(k, v, positions, index)
-            attended = attention(q, cache.k[index], cache.v[index], positions, window)
+            cache = cache.update(k, v, at.positions, index)
+            attended = attention(q, cache.k[index], cache.v[index], at.positions, window)
         else:
             q, written = cache.update(
                 projected.x,
                 cos,
                 sin,
-                positions,
+                at.positions,
                 weight_scale=projected.weight_scale,
                 activation_scale=projected.activation_scale,
                 bias=projected.bias,
-                block_table=block_table,
+                block_table=at.block_table,
                 layer=index,
                 implementation=implementation,
             )
             attended = decode_attention(
                 q.astype(jnp.float32),
                 written,
-                positions=of_tokens,
-                block_table=block_table,
+                positions=at.of_tokens,
+                block_table=at.block_table,
                 layer=index,
                 window=window,
                 # "ffi" is a demand on the write: not every device that has it has attention.
@@ -94,38 +97,6 @@ def forward(
             cache = cast(Cache, written)
         x = _finish_layer(config, layer, x, attended)
     return _logits(model, x), cache
-
-
-def cache_rows(cache: KVCache | FloatCache) -> int:
-    """How many rows each text has in a cache with layers."""
-    return (cache.k if isinstance(cache, FloatCache) else cache.k_cache).shape[2]
-
-
-def _places(
-    tokens: jax.Array,
-    cache: KVCache | PagedKVCache | FloatCache,
-    positions: jax.Array,
-    block_table: ArrayLike | None,
-) -> tuple[jax.Array, int]:
-    """The position of each token, [B, S] int32, and how many rows a text can have."""
-    if not isinstance(cache, PagedKVCache):
-        if block_table is not None:
-            kind = type(cache).__name__
-            raise TypeError(
-                f"`block_table` must be None for a {kind}: only a PagedKVCache has one."
-            )
-        return _positions_of_tokens(positions, tokens.shape[1]), cache_rows(cache)
-    if block_table is None:
-        raise TypeError("`block_table` is required for a PagedKVCache, got None.")
-    table = check_int32("block_table", block_table, "B, M", (tokens.shape[0], None))
-    of_tokens = check_int32("positions", positions, "B, S", tokens.shape)
-    return of_tokens, table.shape[1] * cache.k_cache.shape[2]
-
-
-def _positions_of_tokens(starts: jax.Array, steps: int) -> jax.Array:
-    """[B, S]: the positions of S tokens from each of `starts` on; -1 where that is negative."""
-    of_tokens = starts[:, None] + jnp.arange(steps, dtype=jnp.int32)[None, :]
-    return jnp.where(starts[:, None] < 0, -1, of_tokens)
 
 
 class FloatForward(NamedTuple):
@@ -146,7 +117,7 @@ class FloatForward(NamedTuple):
 
 def forward_float(
     model: Model,
-    tokens: jax.Array,
+    tokens: ArrayLike,
     *,
     rows: int | None = None,
     table_dtype: DTypeLike | None = None,
@@ -167,15 +138,17 @@ def forward_float(
       The logits, and what attention read.
 
     Raises:
+      TypeError: `tokens` has a wrong dtype or rank.
       ValueError: `rows` is below S.
     """
     config, table_dtype = model.config, table_dtype or default_table_dtype()
+    tokens = check_int32("tokens", tokens, "B, S")
     batch, length = tokens.shape
     rows = length if rows is None else rows
     if rows < length:
         raise ValueError(f"`rows` must be at least S = {length}, got {rows}.")
     positions = jnp.zeros((batch,), jnp.int32)
-    cos, sin = _tables(config, _positions_of_tokens(positions, length), rows, table_dtype)
+    cos, sin = _tables(config, positions_of_tokens(positions, length), rows, table_dtype)
     x, read = _embed(model, tokens), []
     for index, layer in enumerate(model.layers):
         projected = _project_qkv(config, layer, x, table_dtype)

@@ -10,7 +10,8 @@ import numpy as np
 
 from jax_kvcache.caches import KVCache
 from jax_kvcache.model.float_cache import FloatCache
-from jax_kvcache.model.forward import Cache, cache_rows, forward, forward_float
+from jax_kvcache.model.forward import Cache, forward, forward_float
+from jax_kvcache.model.places import cache_rows
 from jax_kvcache.model.weights import Model
 from jax_kvcache.ops.implementation import Implementation
 
