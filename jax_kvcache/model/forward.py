@@ -29,6 +29,7 @@ def forward(
     positions: ArrayLike,
     *,
     block_table: ArrayLike | None = None,
+    rows: int | None = None,
     table_dtype: DTypeLike | None = None,
     implementation: Implementation = None,
 ) -> tuple[jax.Array, Cache]:
@@ -38,13 +39,15 @@ def forward(
       model: see `jax_kvcache.checkpoints.load`.
       tokens: [B, S] int32.
       cache: see `new_cache`, or a `PagedKVCache` with layers; it holds the tokens before. Donate it
-        to stay in place. The rows that a text can have, in a paged cache those of a row of the
-        block table, are also the longest text that RoPE of the types dynamic and longrope is made
-        for.
+        to stay in place.
       positions: [B] int32, the position of the first of the S tokens. For a `PagedKVCache` [B, S]
         int32, the position of each; a negative one is padding, whose logits mean nothing.
       block_table: [B, M] int32 for a `PagedKVCache`, see `BlockAllocator.block_table`; None for
-        the other caches.
+        the other caches. M, the allocator's `columns`, decides `rows` where that is None.
+      rows: the longest text that RoPE of the types dynamic and longrope is made for; None is the
+        rows that a text can have: C2, and M * block_size in a paged cache. Every step of a text
+        needs the same number, so give it where M may change: with another one, q has other
+        frequencies than the k that is in the cache, and the logits are wrong. Static.
       table_dtype: dtype of the RoPE tables, and so of q and of a float x; None is float32, and
         bfloat16 where JAX's default device is an Ascend NPU, whose operator takes no float32.
       implementation: of the write; "xla" is that of attention too.
@@ -55,11 +58,11 @@ def forward(
     Raises:
       TypeError: a wrong dtype or rank, no cache, a `PagedKVCache` without a block table, or another
         cache with one.
-      ValueError: a wrong shape, or a cache of other layers or heads than the model's; see also
-        `update` of the cache.
+      ValueError: a wrong shape, `rows` below 1, or a cache of other layers or heads than the
+        model's; see also `update` of the cache.
     """
     config, table_dtype = model.config, table_dtype or default_table_dtype()
-    at = places(config, tokens, cache, positions, block_table)
+    at = places(config, tokens, cache, positions, block_table, rows)
     cos, sin = _tables(config, at.of_tokens, at.rows, table_dtype)
     x = _embed(model, at.tokens)
     for index, layer in enumerate(model.layers):

@@ -10,7 +10,7 @@ from jax_kvcache.caches import KVCache, PagedKVCache
 from jax_kvcache.caches.checks import check_caches
 from jax_kvcache.model.float_cache import FloatCache
 from jax_kvcache.model.weights import Config
-from jax_kvcache.ops.checks import check_int32, check_shape
+from jax_kvcache.ops.checks import check_int, check_int32, check_shape
 
 
 class Places(NamedTuple):
@@ -21,7 +21,7 @@ class Places(NamedTuple):
       positions: [B] int32, or [B, S] for a `PagedKVCache`: what its `update` takes.
       of_tokens: [B, S] int32, the position of each token; negative for padding.
       block_table: [B, M] int32 for a `PagedKVCache`, else None.
-      rows: how many rows a text can have.
+      rows: the longest text that RoPE is made for.
     """
 
     tokens: jax.Array
@@ -37,8 +37,10 @@ def places(
     cache: KVCache | PagedKVCache | FloatCache,
     positions: ArrayLike,
     block_table: ArrayLike | None,
+    rows: int | None,
 ) -> Places:
     """Checks the arguments of `forward`, and returns them as arrays."""
+    rows = None if rows is None else check_int("rows", rows, 1)
     tokens = check_int32("tokens", tokens, "B, S")
     batch, steps = tokens.shape
     _check_cache(config, cache, batch)
@@ -47,14 +49,14 @@ def places(
             raise TypeError("`block_table` is required for a PagedKVCache, got None.")
         block_table = check_int32("block_table", block_table, "B, M", (batch, None))
         positions = check_int32("positions", positions, "B, S", (batch, steps))
-        rows = block_table.shape[1] * cache.k_cache.shape[2]
+        rows = rows or block_table.shape[1] * cache.k_cache.shape[2]
         return Places(tokens, positions, positions, block_table, rows)
     if block_table is not None:
         kind = type(cache).__name__
         raise TypeError(f"`block_table` must be None for a {kind}: only a PagedKVCache has one.")
     positions = check_int32("positions", positions, "B", (batch,))
     of_tokens = positions_of_tokens(positions, steps)
-    return Places(tokens, positions, of_tokens, None, cache_rows(cache))
+    return Places(tokens, positions, of_tokens, None, rows or cache_rows(cache))
 
 
 def cache_rows(cache: KVCache | FloatCache) -> int:

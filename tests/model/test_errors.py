@@ -89,6 +89,21 @@ def test_positions(kind, positions, error, message):
         run(tokens, cache, positions, table)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("rows", "error", "message"),
+    [
+        (0, ValueError, "`rows` must be at least 1, got 0"),
+        (8.0, TypeError, "`rows` must be an int, got 8.0"),
+        (np.full(1, 8), TypeError, r"`rows` must be an int, got array\(\[8\]\)"),
+    ],
+)
+def test_rows(rows, error, message, kind):
+    tokens, cache, positions, table = arguments(kind)
+    with pytest.raises(error, match=message):
+        forward(load(), tokens, cache, positions, block_table=table, rows=rows)
+
+
 def int8_cache(layers=L, heads=Nkv, head_dim=D):
     ones = jnp.ones((heads, head_dim))
     return KVCache.create(B, ROWS, heads, head_dim, layers=layers, scale_k=ones, scale_v=ones)

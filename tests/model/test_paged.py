@@ -31,17 +31,17 @@ def load(name):
     return dataclasses.replace(model, cache_params={"scale_k": scale, "scale_v": scale})
 
 
-def in_two_steps(model):
+def in_two_steps(model, columns=(COLUMNS, COLUMNS), rows=None):
     """[S, vocab] logits of each text, read in two steps of a batch of three; and the cache."""
     cache, allocator = new_paged_cache(model, BLOCKS, BLOCK), BlockAllocator(BLOCKS, BLOCK)
     allocator.allocate(5)  # so that the texts do not have the first blocks
     sequences, logits = [allocator.allocate() for _ in TEXTS], [[] for _ in TEXTS]
-    step = jax.jit(functools.partial(forward, table_dtype=jnp.float32))
+    step = jax.jit(functools.partial(forward, table_dtype=jnp.float32, rows=rows))
     parts = ([t[:n] for t, n in zip(TEXTS, IN_FIRST_STEP, strict=True)],
              [t[n:] for t, n in zip(TEXTS, IN_FIRST_STEP, strict=True)])  # fmt: skip
-    for new in parts:
+    for new, M in zip(parts, columns, strict=True):
         counts = dict(zip(sequences, map(len, new), strict=True))
-        batch = allocator.append_batch(counts, batch=3, steps=8, columns=COLUMNS)
+        batch = allocator.append_batch(counts, batch=3, steps=8, columns=M)
         tokens = np.zeros_like(batch.positions)
         tokens[batch.positions >= 0] = np.concatenate(new)
         got, cache = step(model, tokens, cache, batch.positions, block_table=batch.block_table)
@@ -88,6 +88,41 @@ def test_the_longest_text_is_that_of_the_table(monkeypatch):
     monkeypatch.setitem(forward.__globals__, "rope_tables", recording)
     in_two_steps(model)
     assert set(longest) == {COLUMNS * BLOCK}
+
+
+DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
+
+
+def load_dynamic(folder):
+    """A model with scales and RoPE of type dynamic, whose frequencies change from 8 rows on."""
+    copy = checkpoint_folder.Copy("mistral_float")
+    copy.config |= {"rope_parameters": DYNAMIC, "max_position_embeddings": 8}
+    model = checkpoints.load(copy.write(folder), progress=False)
+    return dataclasses.replace(model, cache_params=load("mistral_float").cache_params)
+
+
+def test_columns_that_change(tmp_path):
+    """`rows` keeps the RoPE, which else is made for the columns of each step."""
+    model = load_dynamic(tmp_path / "folder")
+    expected, *_ = in_two_steps(model)
+    for columns in ((3, 5), (4, 8)):
+        own, *_ = in_two_steps(model, columns, rows=COLUMNS * BLOCK)
+        jax.tree.map(np.testing.assert_array_equal, own, expected)
+        own, *_ = in_two_steps(model, columns)
+        assert decoding.largest_error(own[0], expected[0]) > 0.1
+
+
+@pytest.mark.parametrize("has_scales", [True, False])
+def test_rows_of_a_contiguous_cache(has_scales, tmp_path):
+    """A cache of more rows than RoPE is made for: as one with these rows."""
+    model = load_dynamic(tmp_path / "folder")
+    model = model if has_scales else dataclasses.replace(model, cache_params=None)
+    tokens, start = jnp.asarray(TEXTS[:1], jnp.int32), jnp.zeros(1, jnp.int32)
+    expected, _ = forward(model, tokens, new_cache(model, 1, 16), start)
+    own, _ = forward(model, tokens, new_cache(model, 1, 64), start, rows=16)
+    np.testing.assert_allclose(own, expected, rtol=1e-5, atol=1e-5)
+    other, _ = forward(model, tokens, new_cache(model, 1, 64), start)
+    assert decoding.largest_error(np.asarray(other), np.asarray(expected)) > 0.05
 
 
 def test_new_paged_cache():
