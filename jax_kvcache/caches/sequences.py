@@ -67,7 +67,9 @@ class Sequences:
         Args:
           sequences: B sequences; None for a place in the batch without one.
           columns: M, the most blocks that a sequence may have. It is a shape of the compiled
-            program, so keep it the same from step to step.
+            program, so keep it the same from step to step. With RoPE of the types dynamic and
+            longrope another M also changes the angles, so give `model.forward` `rows=` where it may
+            change.
 
         Returns:
           [B, M] int32, -1 where a sequence has no block.

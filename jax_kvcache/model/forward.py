@@ -11,9 +11,8 @@ from jax_kvcache import backends
 from jax_kvcache.caches import KVCache, PagedKVCache
 from jax_kvcache.model.float_cache import FloatCache, attention, rotate
 from jax_kvcache.model.linear import FloatLinear, Projected, matmul, per_column
-from jax_kvcache.model.places import places, positions_of_tokens
+from jax_kvcache.model.places import check_tokens, places, positions_of_tokens
 from jax_kvcache.model.weights import Config, Layer, Model
-from jax_kvcache.ops.checks import check_int32
 from jax_kvcache.ops.decode_attention.api import decode_attention
 from jax_kvcache.ops.implementation import Implementation
 from jax_kvcache.rope import rope_tables
@@ -145,7 +144,7 @@ def forward_float(
       ValueError: `rows` is below S.
     """
     config, table_dtype = model.config, table_dtype or default_table_dtype()
-    tokens = check_int32("tokens", tokens, "B, S")
+    tokens = check_tokens(tokens)
     batch, length = tokens.shape
     rows = length if rows is None else rows
     if rows < length:

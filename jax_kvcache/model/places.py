@@ -4,13 +4,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from jax_kvcache.caches import KVCache, PagedKVCache
 from jax_kvcache.caches.checks import check_caches
 from jax_kvcache.model.float_cache import FloatCache
 from jax_kvcache.model.weights import Config
-from jax_kvcache.ops.checks import check_int, check_int32, check_shape
+from jax_kvcache.ops.checks import check_int, check_int32, check_shape, fitting_int32
 
 
 class Places(NamedTuple):
@@ -41,7 +42,7 @@ def places(
 ) -> Places:
     """Checks the arguments of `forward`, and returns them as arrays."""
     rows = None if rows is None else check_int("rows", rows, 1)
-    tokens = check_int32("tokens", tokens, "B, S")
+    tokens = check_tokens(tokens)
     batch, steps = tokens.shape
     _check_cache(config, cache, batch)
     if isinstance(cache, PagedKVCache):
@@ -57,6 +58,13 @@ def places(
     positions = check_int32("positions", positions, "B", (batch,))
     of_tokens = positions_of_tokens(positions, steps)
     return Places(tokens, positions, of_tokens, None, rows or cache_rows(cache))
+
+
+def check_tokens(tokens: ArrayLike) -> jax.Array:
+    """[B, S] int32. A NumPy array may have another integer dtype, as tokenizers make them."""
+    if isinstance(tokens, np.ndarray):
+        tokens = fitting_int32("tokens", tokens)
+    return check_int32("tokens", tokens, "B, S")
 
 
 def cache_rows(cache: KVCache | FloatCache) -> int:

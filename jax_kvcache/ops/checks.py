@@ -140,7 +140,7 @@ def check_int32(
     if value is None:
         raise TypeError(f"`{name}` is required, got None.")
     if not hasattr(value, "dtype"):
-        value = _fitting_int32(name, value)
+        value = fitting_int32(name, value)
     check_array(name, value, (jnp.dtype("int32"),), (letters.count(",") + 1,))
     value = jnp.asarray(value)
     dims = dims or value.shape
@@ -152,7 +152,8 @@ def check_int32(
     return value
 
 
-def _fitting_int32(name: str, value: Any) -> np.ndarray:
+def fitting_int32(name: str, value: Any) -> np.ndarray:
+    """Integers of any dtype as int32; raises unless they are integers, and fit."""
     array = np.asarray(value)
     if array.size and not np.issubdtype(array.dtype, np.integer):
         raise TypeError(f"`{name}` must have dtype int32, got {array.dtype}.")

@@ -52,6 +52,14 @@ def test_takes_lists(kind):
     np.testing.assert_array_equal(read, forward_float(load(), tokens).logits)
 
 
+@pytest.mark.parametrize("dtype", [np.int64, np.uint8])
+def test_takes_tokens_as_tokenizers_make_them(dtype):
+    tokens, cache, positions, _ = arguments("KVCache")
+    expected, _ = run(tokens, cache, positions, None)
+    logits, _ = run(tokens.astype(dtype), cache, positions, None)
+    np.testing.assert_array_equal(logits, expected)
+
+
 BAD_TOKENS = [
     (None, TypeError, "`tokens` is required, got None"),
     (TOKENS[0], TypeError, r"`tokens` must be 2-D, got 1-D \[5\]"),
