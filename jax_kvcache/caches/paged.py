@@ -4,20 +4,18 @@ import dataclasses
 from typing import Literal, Self
 
 import jax
-import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jax_kvcache.caches.base import CacheBase
+from jax_kvcache.caches.block_copies import copy_pairs
 from jax_kvcache.caches.checks import check_caches, check_positions, empty_fields
 from jax_kvcache.caches.saturation import Saturation, shares_at_ends
 from jax_kvcache.export import register_dataclass_serialization
 from jax_kvcache.ops.checks import check_int, check_int32
-from jax_kvcache.ops.explicit import automatically, spec_of
-from jax_kvcache.ops.indexing import take_one
+from jax_kvcache.ops.explicit import automatically
 from jax_kvcache.ops.slots import (
     INT32_MAX,
     block_table_slots,
-    is_row,
     rows_below,
     rows_of_blocks,
 )
@@ -138,29 +136,8 @@ class PagedKVCache(CacheBase):
         destinations = check_int32("destinations", destinations, "N", sources.shape)
         if sources.shape == (0,):
             return self
-        blocks = self.k_cache.shape[-4]
-        copied = is_row(sources, blocks) & is_row(destinations, blocks)
-        destinations = jnp.where(copied, destinations, blocks)  # past the end, which is dropped
-        layers = (slice(None),) * (self.k_cache.ndim - 4)
-
-        def copy_all(
-            k_cache: jax.Array, v_cache: jax.Array, sources: jax.Array, destinations: jax.Array
-        ) -> tuple[jax.Array, ...]:
-            def copy_one(i: jax.Array, caches: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-                source, destination = take_one(sources, i), take_one(destinations, i)
-                return tuple(
-                    cache.at[*layers, destination].set(
-                        take_one(cache, source, axis=len(layers)), mode="drop"
-                    )
-                    for cache in caches
-                )
-
-            return jax.lax.fori_loop(0, sources.shape[0], copy_one, (k_cache, v_cache))
-
         with jax.named_scope("copy_blocks"):
-            specs = (spec_of(self.k_cache), spec_of(self.v_cache))
-            arguments = (self.k_cache, self.v_cache, sources, destinations)
-            k_cache, v_cache = automatically(copy_all, specs, *arguments)
+            k_cache, v_cache = copy_pairs(self.k_cache, self.v_cache, sources, destinations)
         return dataclasses.replace(self, k_cache=k_cache, v_cache=v_cache)
 
     def _indices(

@@ -86,6 +86,34 @@ def test_sharded_heads_move_nothing(kind):
     assert "all-" not in compiled.as_text()
 
 
+@pytest.fixture
+def compiled_programs():
+    """Grows by one entry with every program that XLA compiles."""
+    made = []
+
+    def listen(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            made.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield made
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.mark.parametrize("kind", [None, AxisType.Auto, AxisType.Explicit], ids=str)
+def test_eager_calls_compile_once(kind, compiled_programs):
+    cache = filled(L) if kind is None else over_devices(kind, P(None, None, None, "d"))[0]
+    wanted = expected(cache.k_cache, [(1, 2), (3, 0)])
+    sources, destinations = np.array([(1, 2), (3, 0)], np.int32).T
+    cache.copy_blocks(sources, destinations)
+    before = len(compiled_programs)
+    for _ in range(3):
+        after = cache.copy_blocks(sources, destinations)
+    assert before > 0
+    assert len(compiled_programs) == before
+    np.testing.assert_array_equal(after.k_cache, wanted)
+
+
 def test_inside_shard_map():
     pairs = np.array([(1, 2), (2, 3)], np.int32)
     cache, mesh = over_devices(AxisType.Auto, P(None, None, None, "d"))
