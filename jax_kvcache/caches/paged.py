@@ -117,7 +117,9 @@ class PagedKVCache(CacheBase):
         """Copies whole blocks of codes, in every layer, one pair after the other.
 
         This is the copy of copy-on-write, see `BlockAllocator.append`. Inside `jax.jit` with the
-        cache donated it is in place, with one block of each layer as its temporary.
+        cache donated it is in place, with one block of each layer as its temporary. The pairs that
+        copy go first, in their order, and a loop passes over these alone: a skipped pair costs next
+        to nothing. Under `jax.vmap` the loop is as long as that of the example with most copies.
 
         Args:
           sources: [N] int32 block numbers.

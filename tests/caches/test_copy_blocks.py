@@ -20,6 +20,7 @@ PAIRS = {
     "far away": [(INT32.max, 0), (0, INT32.max), (INT32.min, 0), (0, INT32.min)],
     "a pair sees what those before it wrote": [(1, 2), (2, 3), (0, 1), (6, 1)],
     "itself": [(4, 4)],
+    "skipped between others": [(-1, -1), (1, 2), (-1, 0), (2, 3), (0, BLOCKS), (3, 5), (4, -1)],
 }  # fmt: skip
 copy = jax.jit(lambda cache, pairs: cache.copy_blocks(*pairs.T), donate_argnums=0)
 
@@ -141,9 +142,84 @@ def test_refuses(arguments, error, message):
         filled(None).copy_blocks(*arguments)
 
 
-def test_under_vmap():
-    stack = functools.partial(jax.tree.map, lambda *leaves: np.stack(leaves))
-    cache, pairs = filled(L), np.array([[(1, 2)], [(3, 0)]], np.int32)
-    after = jax.vmap(lambda cache, pairs: cache.copy_blocks(*pairs.T))(stack(cache, cache), pairs)
-    for codes, one in zip(after.k_cache, pairs, strict=True):
-        np.testing.assert_array_equal(codes, expected(cache.k_cache, one))
+def test_skipped_pairs_are_no_steps_of_the_loop():
+    """A decoding step has a pair for every sequence, and nearly all of them are skipped."""
+    text = copy.lower(filled(L), np.full((256, 2), -1, np.int32)).compile().as_text()
+    assert " while(" in text
+    assert "known_trip_count" not in text
+
+
+def stacked(*caches):
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches)
+
+
+# As many pairs for each example, of which one, three, none and four are copied.
+OF_EXAMPLES = np.array(
+    [
+        [(1, 2), (-1, -1), (-1, 0), (9, 0)],
+        [(-1, -1), (1, 2), (2, 3), (0, 1)],
+        [(-1, 3), (-1, -1), (BLOCKS, 1), (2, -1)],
+        [(3, 0), (0, 5), (5, 1), (4, 4)],
+    ],
+    np.int32,
+)
+
+
+@pytest.mark.parametrize("over", ["both", "caches", "pairs"])
+def test_under_vmap(over):
+    one = filled(L)
+    cache = one if over == "pairs" else stacked(*[one] * len(OF_EXAMPLES))
+    pairs = OF_EXAMPLES[1] if over == "caches" else OF_EXAMPLES
+    in_axes = (None if over == "pairs" else 0, None if over == "caches" else 0)
+    after = jax.vmap(lambda cache, pairs: cache.copy_blocks(*pairs.T), in_axes)(cache, pairs)
+    for i in range(len(OF_EXAMPLES)):
+        of_one = pairs if over == "caches" else pairs[i]
+        np.testing.assert_array_equal(after.k_cache[i], expected(one.k_cache, of_one))
+        np.testing.assert_array_equal(after.v_cache[i], expected(one.v_cache, of_one))
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        None,
+        pytest.param(
+            L,
+            marks=pytest.mark.skipif(
+                jax.__version_info__ < (0, 10), reason="this XLA puts the blocks before the layers"
+            ),
+        ),
+    ],
+)
+def test_under_two_vmaps_in_place(layers):
+    """No whole cache is copied, or selected, for an example that has fewer pairs than another."""
+    one = filled(layers)
+    cache = stacked(*[stacked(one, one)] * 2)
+    pairs = OF_EXAMPLES.reshape(2, 2, 4, 2)
+    twice = jax.vmap(jax.vmap(lambda cache, pairs: cache.copy_blocks(*pairs.T)))
+    compiled = jax.jit(twice, donate_argnums=0).lower(cache, pairs).compile()
+    hlo.assert_in_place(compiled, cache.k_cache.size)
+    assert compiled.memory_analysis().temp_size_in_bytes < cache.k_cache.size
+    after = compiled(cache, pairs)
+    for i in np.ndindex(2, 2):
+        np.testing.assert_array_equal(after.k_cache[i], expected(one.k_cache, pairs[i]))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_under_vmap_over_devices(kind):
+    cache, mesh = over_devices(kind, P(None, None, None, "d"))
+    wanted = [expected(cache.k_cache, pairs) for pairs in OF_EXAMPLES]
+    examples = jax.vmap(lambda cache, pairs: cache.copy_blocks(*pairs.T), (None, 0))
+    with jax.set_mesh(mesh):
+        np.testing.assert_array_equal(examples(cache, OF_EXAMPLES).k_cache, wanted)
+
+
+def test_in_a_scan_in_place():
+    cache = filled(L)
+    wanted = functools.reduce(expected, OF_EXAMPLES, cache.k_cache)
+
+    def steps(cache, pairs):
+        return jax.lax.scan(lambda c, p: (c.copy_blocks(*p.T), None), cache, pairs)[0]
+
+    compiled = jax.jit(steps, donate_argnums=0).lower(cache, OF_EXAMPLES).compile()
+    hlo.assert_in_place(compiled, cache.k_cache.size)
+    np.testing.assert_array_equal(compiled(cache, OF_EXAMPLES).k_cache, wanted)
