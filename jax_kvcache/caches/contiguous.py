@@ -141,6 +141,9 @@ class KVCache(CacheBase):
         An occasional one is what calibration allows; much more says that the scales do not fit.
         Under `jax.experimental.checkify`, `update` itself reports codes that it saturates.
 
+        It reads every row of every layer, also those that are not in use, once. Its temporaries
+        are small.
+
         Args:
           lengths: [B] int32, the rows of each sequence that are in use.
 

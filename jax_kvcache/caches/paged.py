@@ -87,7 +87,8 @@ class PagedKVCache(CacheBase):
     def saturation(self, lengths: ArrayLike, *, block_table: ArrayLike) -> Saturation:
         """The share of the codes in use that lie at either end; see `KVCache.saturation`.
 
-        A row that several sequences share counts once.
+        A row that several sequences share counts once. It reads every block of every layer, also
+        those that no sequence has.
 
         Args:
           lengths: [B] int32, the rows of each sequence that are in use.
