@@ -21,6 +21,9 @@ _SMALLEST_SHARE = 0.5  # of the head's mean amplitude: what a quiet channel is m
 class CalibrationCost(NamedTuple):
     """What the codes of a calibrated cache lose of its prompt: float32 scalars, or [L].
 
+    An infinite value counts as clipped. NaN does not, and its code is 0; a prompt, or a layer of
+    it, with a value that is not finite has the error NaN. Padding does not count.
+
     Attributes:
       clipped_k: share of K's values beyond the first or the last code.
       clipped_v: as clipped_k, of V.
@@ -114,20 +117,21 @@ def _quantize(
     values: jax.Array, scale: jax.Array, is_read: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The operator's codes, 0 for padding; the share that was clipped, and the relative error."""
+    read = _tokens(is_read, values)
+    values = jnp.where(read, values, 0.0)
     codes = quantize_int8(values, jnp.expand_dims(scale, -3), None)
-    seen = _tokens(is_read, values) & jnp.isfinite(values)
-    codes = jnp.where(_tokens(is_read, values), codes, jnp.zeros_like(codes))
     steps = jnp.expand_dims(scale, (-4, -3))
-    noise = jnp.where(seen, codes.astype(jnp.float32) * steps - values, 0.0)
-    signal = jnp.where(seen, values, 0.0)
-    beyond = seen & (jnp.abs(values) > 127.5 * steps)
+    noise = codes.astype(jnp.float32) * steps - values
+    beyond = jnp.abs(values) > 127.5 * steps
+    largest = jnp.max(jnp.abs(values), axis=(-4, -3, -2, -1), keepdims=True)
+    unit = jnp.where(largest == 0, 1.0, largest)  # float32 holds the squares of numbers near 1
 
     def total(array: jax.Array) -> jax.Array:
         return jnp.sum(array.astype(jnp.float32), axis=(-4, -3, -2, -1))
 
-    share = total(beyond) / jnp.maximum(total(seen), 1.0)
-    power = jnp.maximum(total(signal * signal), jnp.finfo(jnp.float32).tiny)
-    return codes, share, jnp.sqrt(total(noise * noise) / power)
+    share = total(beyond) / jnp.maximum(total(read), 1.0)
+    power = jnp.maximum(total((values / unit) ** 2), 1.0)  # only that of zeros is below 1
+    return codes, share, jnp.sqrt(total((noise / unit) ** 2) / power)
 
 
 def row_padding(rank: int, rows: int) -> list[tuple[int, int]]:

@@ -102,8 +102,9 @@ class KVCache(CacheBase):
         For a model that nobody calibrated: run its prompt in float, and decode from this cache. A
         channel's scale gives `margin` times its largest value the last code. For K that is the
         largest value that the channel can have while RoPE turns its pair, (j, j + D/2); and a
-        channel that is quiet in the prompt is made ready for half of its head's mean. Scales never
-        change afterwards; `saturation` tells whether later tokens fit.
+        channel that is quiet in the prompt is made ready for half of its head's mean. Values that
+        are not finite have no part in the scales, and make the error that comes back NaN. Scales
+        never change afterwards; `saturation` tells whether later tokens fit.
 
         Args:
           k: [B, S, Nkv, D] float, after RoPE, or [L, B, S, Nkv, D] for a cache with layers.

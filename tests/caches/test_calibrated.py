@@ -73,6 +73,39 @@ def test_a_prompt_of_zeros():
     assert not np.any(cost)
 
 
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_have_a_cost(number):
+    """In layer 1 alone: some of K's, all of V's."""
+    k, v = values(3)
+    some = (1, 0, slice(0, 3), 0, 5)
+    cache, cost = KVCache.calibrated(k.at[some].set(number), v.at[1].set(number), S)
+    clipped = 0 if np.isnan(number) else 3 / k[0].size
+    np.testing.assert_allclose(cost.clipped_k, [0, clipped, 0], rtol=1e-6)
+    np.testing.assert_array_equal(cost.clipped_v, [0, 0 if np.isnan(number) else 1, 0])
+    for error in (cost.error_k, cost.error_v):
+        np.testing.assert_array_equal(np.isnan(error), [False, True, False])
+    assert np.isfinite(cache.scale_k).all()
+    assert np.isfinite(cache.scale_v).all()
+    code = 0 if np.isnan(number) else np.sign(number) * 127.5 - 0.5
+    assert (cache.v_cache[1] == code).all()
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-22, 1e18, 1e30])
+def test_the_error_does_not_depend_on_the_size_of_values(size):
+    _, v = values()
+    _, cost = KVCache.calibrated(v, v * np.float32(size), S)
+    _, expected = KVCache.calibrated(v, v, S)
+    np.testing.assert_allclose(cost.error_v, expected.error_v, rtol=1e-2)
+
+
+def test_a_k_too_large_for_its_amplitude_is_clipped():
+    """RoPE's amplitude is beyond float32, so that the scales are 1."""
+    k, v = values()
+    _, cost = KVCache.calibrated(k * 1e30, v, S)
+    assert cost.clipped_k == 1
+    np.testing.assert_allclose(cost.error_k, 1, rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "message"),
     [
