@@ -36,7 +36,7 @@ def forward(
 
     Args:
       model: see `jax_kvcache.checkpoints.load`.
-      tokens: [B, S] int32.
+      tokens: [B, S] int32, or a NumPy array of other integers.
       cache: see `new_cache`, or a `PagedKVCache` with layers; it holds the tokens before. Donate it
         to stay in place.
       positions: [B] int32, the position of the first of the S tokens. For a `PagedKVCache` [B, S]
@@ -129,7 +129,7 @@ def forward_float(
 
     Args:
       model: see `jax_kvcache.checkpoints.load`.
-      tokens: [B, S] int32, from position 0.
+      tokens: [B, S] as in `forward`, from position 0.
       rows: the longest text that RoPE of the types dynamic and longrope is made for, at least S;
         None is S. Give the rows of the cache in which k and v will be. Static.
       table_dtype: as in `forward`; also the dtype of k and v.
