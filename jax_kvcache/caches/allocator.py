@@ -119,7 +119,7 @@ class BlockAllocator(Sequences):
         padding = check_int("batch", batch, max(len(tokens), 1)) - len(tokens)
         lengths = dict(self._lengths)
         blocks = {sequence: self._blocks[sequence][:] for sequence in tokens}
-        before = _State(self._pool.copy(), blocks, lengths)
+        before, batch_before = _State(self._pool.copy(), blocks, lengths), self._before_batch
         try:
             copies = [self.append(sequence, count) for sequence, count in tokens.items()]
             most = max([1, *map(int, tokens.values())])
@@ -130,6 +130,7 @@ class BlockAllocator(Sequences):
             positions = ragged_positions(starts, [*tokens.values(), *[0] * padding], steps)
         except BaseException:  # also one that comes from outside, such as KeyboardInterrupt
             self._go_back(before)
+            self._before_batch = batch_before
             raise
         pairs = np.array([*copies, *[BlockCopy(-1, -1)] * padding], np.int32).reshape(-1, 2)
         self._before_batch = before
@@ -193,7 +194,7 @@ class BlockAllocator(Sequences):
         del self._lengths[sequence]
         self._before_batch = None
 
-    def _go_back(self, state: "_State") -> None:
+    def _go_back(self, state: _State) -> None:
         self._pool, self._lengths = state.pool, state.lengths
         self._blocks |= state.blocks
         self._before_batch = None

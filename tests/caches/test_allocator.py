@@ -268,6 +268,16 @@ def test_undo_follows_the_batch(change):
         allocator.undo()
 
 
+def test_a_batch_that_is_refused_leaves_the_one_before_to_undo():
+    allocator = BlockAllocator(8, 4)
+    one = allocator.allocate(3)
+    allocator.append_batch({one: 3}, batch=1, columns=2)
+    with pytest.raises(ValueError, match="`columns` must be at least 3"):
+        allocator.append_batch({one: 4}, batch=1, columns=2)
+    allocator.undo()
+    assert (allocator.length(one), allocator.num_free) == (3, 7)
+
+
 def test_an_interrupted_batch_changes_nothing(monkeypatch):
     allocator = BlockAllocator(8, 4)
     one, two = allocator.allocate(3), allocator.allocate(3)

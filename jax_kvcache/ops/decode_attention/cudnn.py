@@ -134,9 +134,9 @@ class _Parts:
 
     def unmasked(self, piece: jax.Array, size: int, end: jax.Array) -> Partial:
         """Over rows [piece * size, (piece + 1) * size) before `end` [B], which all queries see."""
-        first = piece * size
-        numbers = jnp.broadcast_to(first + jnp.arange(size, dtype=jnp.int32), (len(end), size))
-        return self._before(numbers, jnp.clip(end - first, 0, size))
+        begin = piece * size
+        numbers = jnp.broadcast_to(begin + jnp.arange(size, dtype=jnp.int32), (len(end), size))
+        return self._before(numbers, jnp.clip(end - begin, 0, size))
 
     def causal(self, begin: jax.Array, end: jax.Array) -> Partial:
         """Over rows from `begin` up to `end` [B]; query s sees row begin + s and those between."""
